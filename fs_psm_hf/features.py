@@ -1,0 +1,151 @@
+"""Which tensors of a vision model's output are the feature, and how they get out of it and back in."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .smoothing import vector_norm
+
+
+FEATURES = ("tokens", "pooled", "cls")
+
+
+def pooled_name(output):
+    """Name of the final embedding of an output: after the projection where there is one.
+
+    Raises:
+        ValueError: the output has none.
+    """
+    name = "image_embeds" if getattr(output, "image_embeds", None) is not None else "pooler_output"
+    if getattr(output, name, None) is None:
+        raise ValueError("`feature` must not be 'pooled' for this vision tower: it has no pooled output")
+    return name
+
+
+@dataclass(frozen=True)
+class FeatureSelection:
+    """The feature of a tower.
+
+    Args:
+        layers (`tuple[int, ...]`): indices into `hidden_states`, counted from the first; empty for the last output.
+        num_layers (`int`): blocks of the wrapped tower, one less than its hidden states.
+        first_token (`int`): first token the host reads.
+        mapped (`str`, *optional*): `"tokens"` or `"pooled"` where a mapper refines the feature.
+    """
+
+    layers: tuple[int, ...]
+    num_layers: int
+    first_token: int
+    mapped: str | None
+
+    @classmethod
+    def of(cls, config):
+        """The selection of a [`SmoothedVisionTowerConfig`].
+
+        Raises:
+            ValueError: a layer that does not exist, or a mapper of another width.
+        """
+        given, count = config.feature_layer, config.vision_config.num_hidden_layers
+        layers = [] if given is None else [given] if isinstance(given, int) else list(given)
+        if (given is not None and not layers) or any(not -count - 1 <= layer <= count for layer in layers):
+            raise ValueError(
+                f"`feature_layer` must be in [{-count - 1}, {count}] for a tower of {count} layers, got {given}"
+            )
+        psm = config.psm_config
+        mapped = None if psm.mapper_config is None else psm.mapper_feature
+        width, mapper_width = config.hidden_size * max(1, len(layers)), (psm.mapper_config or {}).get("hidden_size")
+        if mapped == "tokens" and mapper_width != width:
+            raise ValueError(
+                f"`mapper_config['hidden_size']` must be {width}, the width of the tower's feature, got {mapper_width}"
+            )
+        return cls(tuple(layer % (count + 1) for layer in layers), count, config.first_token, mapped)
+
+    @property
+    def restricted(self):
+        """Whether the feature alone is computed and returned, not every output of the wrapped tower."""
+        return bool(self.layers) or self.mapped is not None
+
+    @property
+    def depth(self):
+        """Blocks that have to run for the feature, or `None` for all and what comes after them."""
+        return None if not self.layers or self.mapped == "pooled" else max(self.layers)
+
+    def tokens(self, output):
+        """Tokens of the feature, `(rows, tokens, width)`: layers side by side."""
+        states = [output.hidden_states[i] for i in self.layers] if self.layers else [output.last_hidden_state]
+        return torch.cat(states, -1) if len(states) > 1 else states[0]
+
+    def refine(self, output, mapper, sigma):
+        """Add the mapper's update to the feature, in place in `output` (eq. 14), in float32: small updates survive."""
+        if self.mapped == "pooled":
+            name = pooled_name(output)
+            pooled = output[name].float()
+            output[name] = pooled + mapper(pooled, sigma)
+            return
+        tokens = self.tokens(output).float()
+        refined = tokens + mapper(tokens, sigma)
+        if not self.layers:
+            output.last_hidden_state = refined
+            return
+        states = list(output.hidden_states)
+        for layer, part in zip(self.layers, refined.chunk(len(self.layers), -1), strict=True):
+            states[layer] = part
+        output.hidden_states = tuple(states)
+
+    def collect(self, output):
+        """The tensors to average, as lists keyed by their place; the layers of a feature are one vector."""
+        if self.mapped == "pooled":
+            return {(pooled_name(output),): [output[pooled_name(output)]]}
+        if self.layers:
+            return {("hidden_states",): [output.hidden_states[layer] for layer in self.layers]}
+        if self.mapped:
+            return {("last_hidden_state",): [output.last_hidden_state]}
+        places = {}
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor):
+                places[(name,)] = [value]
+            else:
+                places |= {(name, i): [state] for i, state in enumerate(value) if state is not None}
+        return places
+
+    def first_token_of(self, place):
+        """First token that counts for the length of what stands at `place` of [`collect`]."""
+        return self.first_token if place in (("hidden_states",), ("last_hidden_state",)) else 0
+
+    def rebuild(self, template, averaged):
+        """An output of the class of `template` that holds the `averaged` tensors in their places and nothing else."""
+        fields = {}
+        for (name, *index), tensors in averaged.items():
+            if name == "hidden_states" and not index:
+                index, length = self.layers, self.num_layers + 1
+            elif index:
+                length = len(template[name])
+            else:
+                fields[name] = tensors[0]
+                continue
+            states = fields.setdefault(name, [None] * length)
+            for i, tensor in zip(index, tensors, strict=True):
+                states[i] = tensor
+        return type(template)(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+
+    def check(self, feature):
+        """Raise `ValueError` where `feature` is unknown or not the one the mapper refines."""
+        if feature not in FEATURES:
+            raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}, got {feature!r}")
+        if self.mapped is not None and (self.mapped == "pooled") != (feature == "pooled"):
+            raise ValueError(f"`feature` must be the one the mapper refines ({self.mapped!r}), got {feature!r}")
+
+    def unit_vector(self, output, feature, num_patches):
+        """The flattened unit feature g of theory.md that a certificate speaks of, `(rows, F)`, float32.
+
+        Raises:
+            ValueError: the class token of a tower that has none is asked for.
+        """
+        if feature == "pooled":
+            vector = output[pooled_name(output)].float()
+        else:
+            tokens = self.tokens(output).float()
+            if feature == "cls" and tokens.shape[1] == num_patches:
+                raise ValueError("`feature` must not be 'cls' for this vision tower: it has no class token")
+            vector = tokens[:, 0] if feature == "cls" else tokens[:, self.first_token :].flatten(1)
+        return vector / vector_norm([vector])[:, None]

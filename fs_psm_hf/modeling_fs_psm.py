@@ -1,0 +1,372 @@
+"""`SmoothedVisionTower`: purifier, vision tower, mapper and Gaussian average as one model that a host runs."""
+
+import contextlib
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from .configuration_fs_psm import PSMConfig, SmoothedVisionTowerConfig, check_smoothing
+from .features import FeatureSelection
+from .loading import StrictLoading
+from .modeling_psm import NO_SPLIT_MODULES, PSMModel
+from .noise import gaussian_noise, resolve_image_ids, resolve_seed
+from .pixels import channel_view, check_pixel_values, check_statistics, from_unit, to_unit
+from .smoothing import RunningFeature, default_batch_size, plan_passes
+from .truncation import truncated
+
+
+class SmoothedVisionTower(StrictLoading, PreTrainedModel):
+    """A vision tower replaced by its Gaussian average (paper eq. 3), behind a purifier and before a mapper (eq. 14).
+
+    Called like the tower it wraps and answering with the same output class. Every tensor of the answer is smoothed:
+    what was not is `None`, and asking for it is an error. With `feature_layer` set, or with a mapper, only the feature
+    the host reads is computed. See [`SmoothedVisionTowerConfig`] for the settings.
+    """
+
+    config_class = SmoothedVisionTowerConfig
+    base_model_prefix = "smoothed_vision_tower"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = NO_SPLIT_MODULES
+
+    def __init__(self, config):
+        super().__init__(config)
+        check_statistics(config.image_mean, config.image_std)
+        if config.vision_architecture is None:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+        else:
+            vision_class = getattr(transformers, config.vision_architecture, None)
+            if not isinstance(vision_class, type) or not issubclass(vision_class, PreTrainedModel):
+                raise ValueError(
+                    f"`vision_architecture` must be a model class of transformers, got {config.vision_architecture!r}"
+                )
+            self.vision_tower = vision_class._from_config(config.vision_config)
+        self.psm = PSMModel._from_config(config.psm_config)
+        self._selection = FeatureSelection.of(config)
+        self._compiled_pass = None
+        self._short = None
+        self.post_init()
+
+    # Built and loaded -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_components(
+        cls,
+        vision_tower,
+        psm=None,
+        *,
+        sigma=0.25,
+        num_samples=4,
+        feature_layer=None,
+        first_token=0,
+        image_mean=None,
+        image_std=None,
+        processor=None,
+        max_batch_size=None,
+        aggregation="unit",
+    ):
+        """Assemble a tower from a vision model and a PSM; no weight is copied.
+
+        Args:
+            vision_tower (`PreTrainedModel`): a CLIP-like vision model, called with `pixel_values`.
+            psm ([`PSMModel`], `torch.nn.Module` or `None`): purifier and mapper; or a purifier of yours with
+                `denoise(images_01, sigma) -> images_01`; or `None` for plain smoothing.
+            processor (*optional*): an image processor, or a processor that has one, to take `image_mean` and
+                `image_std` from.
+
+        The other arguments are those of [`SmoothedVisionTowerConfig`].
+
+        Raises:
+            TypeError: `vision_tower` or `psm` is of another kind.
+            ValueError: a setting out of range, a layer that does not exist, a mapper of another width, or no
+                normalisation given.
+        """
+        if not isinstance(vision_tower, PreTrainedModel):
+            raise TypeError(
+                f"`vision_tower` must be a transformers PreTrainedModel, got {type(vision_tower).__name__}"
+            )
+        own_purifier = psm is not None and not isinstance(psm, PSMModel)
+        if own_purifier and not (isinstance(psm, nn.Module) and callable(getattr(psm, "denoise", None))):
+            raise TypeError(
+                "`psm` must be a PSMModel, None or a torch.nn.Module with `denoise(images_01, sigma)`, "
+                f"got {type(psm).__name__}"
+            )
+        if image_mean is None and image_std is None and processor is not None:
+            image_processor = getattr(processor, "image_processor", processor)
+            image_mean, image_std = (getattr(image_processor, name, None) for name in ("image_mean", "image_std"))
+        check_statistics(image_mean, image_std)
+        check_smoothing(sigma, num_samples, max_batch_size)
+        auto_class = AutoModel._model_mapping.get(type(vision_tower.config), None)
+        config = SmoothedVisionTowerConfig(
+            vision_config=vision_tower.config,
+            vision_architecture=None if auto_class is type(vision_tower) else type(vision_tower).__name__,
+            psm_config=PSMConfig() if psm is None or own_purifier else psm.config,
+            sigma=sigma,
+            num_samples=num_samples,
+            feature_layer=feature_layer,
+            first_token=first_token,
+            image_mean=list(image_mean),
+            image_std=list(image_std),
+            max_batch_size=max_batch_size,
+            aggregation=aggregation,
+        )
+        # The skeleton is made on the meta device and given the ready parts, so that nothing is initialised twice.
+        with torch.device("meta"):
+            tower = cls(config)
+        tower.vision_tower = vision_tower
+        if isinstance(psm, PSMModel):
+            tower.psm = psm
+        elif own_purifier:
+            tower.psm.purifier = psm
+        tower.config.dtype = vision_tower.dtype
+        return tower.eval()
+
+    def save_pretrained(self, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: the purifier is a module of yours, which no configuration can describe.
+        """
+        if self.psm.purifier is not None and self.config.psm_config.purifier == "none":
+            raise ValueError(
+                f"`{type(self.psm.purifier).__name__}` is a purifier of yours that config.json cannot describe: save it "
+                "yourself and give it to `from_components` again"
+            )
+        return super().save_pretrained(*args, **kwargs)
+
+    def _init_weights(self, module):
+        # The parts initialise themselves; the tower has no weights of its own.
+        return
+
+    # Settings ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def smoothing(self, *, sigma=None, num_samples=None, max_batch_size=None):
+        """A temporary setting of σ (in [0, 1] pixels), n₀ or the batch limit, checked before and restored after."""
+        before = {name: getattr(self.config, name) for name in ("sigma", "num_samples", "max_batch_size")}
+        given = {"sigma": sigma, "num_samples": num_samples, "max_batch_size": max_batch_size}
+        after = before | {name: value for name, value in given.items() if value is not None}
+        check_smoothing(**after)
+        try:
+            for name, value in after.items():
+                setattr(self.config, name, value)
+            yield self
+        finally:
+            for name, value in before.items():
+                setattr(self.config, name, value)
+
+    def compile(self, *args, **kwargs):
+        """`torch.compile` of one pass (noise to features); the loop around it stays Python and its shapes stay fixed."""
+        self._compiled_pass = torch.compile(self._network, *args, **kwargs)
+        return self
+
+    # One pass ---------------------------------------------------------------------------------------------------------
+
+    def _feature_model(self):
+        """The wrapped tower, cut after the last feature layer where nothing behind it is needed."""
+        depth = self._selection.depth
+        if depth is None:
+            return self.vision_tower
+        # Kept, so that torch.compile sees one object; made again where a block was exchanged (adapters, for one).
+        parts = tuple(id(module) for module in self.vision_tower.modules())
+        if self._short is None or self._short[0] != parts:
+            self._short = parts, truncated(self.vision_tower, depth)
+        return self._short[1]
+
+    def _network(self, model, images, noise, num_samples, sigma, options, raw=False):
+        """Purifier, wrapped tower and mapper on the noisy copies of some images.
+
+        Args:
+            model (`PreTrainedModel`): from `_feature_model`, or the whole tower.
+            images (`torch.Tensor` of shape `(b, 3, height, width)`): in [0, 1] with a purifier, normalised without.
+            noise (`torch.Tensor` of shape `(b * num_samples, 3, height, width)` or `None`): unit noise, overwritten.
+            options (`dict`): further arguments of the wrapped tower.
+            raw (`bool`): the wrapped tower alone, neither purifier nor mapper, on normalised images.
+
+        Returns:
+            The wrapped tower's output class for `b * num_samples` images.
+        """
+        mean, std = self.config.image_mean, self.config.image_std
+        purified = self.psm.purifier is not None and not raw
+        copies = images[:, None].expand(-1, num_samples, -1, -1, -1)  # (b, n, 3, H, W)
+        if noise is None:
+            pixels = copies.flatten(0, 1)  # (b*n, 3, H, W)
+        else:
+            # Noise of σ in [0, 1] pixels is σ / std in normalised ones, where the tower without a purifier lives.
+            scale = sigma if purified else sigma / channel_view(std, noise)
+            pixels = noise.mul_(scale).view(copies.shape).add_(copies).flatten(0, 1)
+        if purified:
+            pixels = from_unit(self.psm(pixels, sigma), mean, std)
+        output = model(pixel_values=pixels.to(self.vision_tower.dtype), return_dict=True, **options)
+        if self.psm.mapper is not None and not raw:
+            self._selection.refine(output, self.psm.mapper, sigma)
+        return output
+
+    def _passes(self, pixel_values, options, seed, image_ids, num_samples, first_sample=0, whole=False):
+        """Run every pass of a call.
+
+        Args:
+            whole (`bool`): all outputs of the wrapped tower are wanted, not the feature layer alone.
+
+        Yields:
+            `tuple[slice, ModelOutput]`: the images of the pass and the wrapped tower's answer for their draws.
+        """
+        sigma = self.config.sigma
+        batch_size, shape = len(pixel_values), tuple(pixel_values.shape[1:])
+        images = pixel_values.float()
+        if self.psm.purifier is not None:
+            images = to_unit(images, self.config.image_mean, self.config.image_std)
+        limit = self.config.max_batch_size or default_batch_size(*shape[1:], pixel_values.device)
+        model = self.vision_tower if whole else self._feature_model()
+        network = self._compiled_pass or self._network
+        for chosen, samples in plan_passes(batch_size, num_samples, limit, first_sample):
+            ids, count = image_ids[chosen], len(samples)
+            noise = None
+            if sigma > 0:
+                noise = gaussian_noise(shape, seed, ids, samples.start, count, pixel_values.device)
+            repeated = {
+                name: value[chosen].repeat_interleave(count, 0)
+                if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch_size
+                else value
+                for name, value in options.items()
+            }
+            yield chosen, network(model, images[chosen], noise, count, sigma, repeated)
+
+    # Called by hosts --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values,
+        output_hidden_states=None,
+        output_attentions=None,
+        generator=None,
+        image_ids=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """The smoothed features: the mean over `num_samples` noisy draws of every image.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+                Images normalised by the wrapped tower's image processor.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Hidden states to return, as the wrapped tower takes it.
+            output_attentions (`bool`, *optional*):
+                Attention maps are never smoothed: `True` is an error.
+            generator (`torch.Generator` or `int`, *optional*):
+                Source of the noise; the operating system where not given, so that nobody can predict it.
+            image_ids (`list[int]`, *optional*):
+                Names of the images, so that an image gets the same noise in whatever batch it comes; its position
+                where not given.
+            kwargs:
+                For the wrapped tower. Tensors with `batch_size` rows are repeated with the images.
+
+        Returns:
+            The wrapped tower's output class. Directions are those of the mean unit feature, lengths the mean length of
+            the draws (theory.md "Direction and length"); the n₀-sample output itself is covered by theory Fact 4 only.
+
+        Raises:
+            TypeError: `pixel_values` is no floating point tensor.
+            ValueError: another shape, NaN or Inf, or an output that is not smoothed was asked for.
+        """
+        check_pixel_values(pixel_values)
+        states = self._requested_states(output_hidden_states, output_attentions)
+        options = kwargs if states is None else kwargs | {"output_hidden_states": states}
+        seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
+        num_samples = self.config.num_samples
+        running, template = {}, None
+        selection, unit = self._selection, self.config.aggregation == "unit"
+        whole = not selection.restricted
+        for images, output in self._passes(pixel_values, options, seed, ids, num_samples, whole=whole):
+            template = output
+            for place, tensors in selection.collect(output).items():
+                if place not in running:
+                    first_token = selection.first_token_of(place)
+                    running[place] = RunningFeature(len(pixel_values), num_samples, unit, first_token)
+                running[place].add(images, tensors)
+        output = selection.rebuild(template, {place: mean.result(self.dtype) for place, mean in running.items()})
+        return output.to_tuple() if return_dict is False else output
+
+    def _requested_states(self, output_hidden_states, output_attentions):
+        """What to ask of the wrapped tower as `output_hidden_states`; `None` leaves it to its own configuration."""
+        if output_attentions or (output_attentions is None and self.config.vision_config.output_attentions):
+            raise ValueError("`output_attentions` must be False, got True: attention maps are not smoothed")
+        selection = self._selection
+        if not selection.restricted:
+            return output_hidden_states
+        if output_hidden_states is not None and not isinstance(output_hidden_states, bool):
+            asked = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+            other = [i for i in asked if i % (selection.num_layers + 1) not in selection.layers]
+            if other:
+                own = f"`feature_layer={self.config.feature_layer}`" if selection.layers else "the mapped last output"
+                raise ValueError(
+                    f"`output_hidden_states` asks for layer {other[0]}, but this tower smooths only {own}"
+                )
+        return list(selection.layers) or None
+
+    # Called by certification ------------------------------------------------------------------------------------------
+
+    def _feature_options(self, feature):
+        """How to call the wrapped tower for one certified feature: its options, and whether it runs to the end."""
+        layers = self._selection.layers
+        whole = feature == "pooled" or not layers
+        return ({} if whole else {"output_hidden_states": list(layers)}), whole
+
+    def _num_patches(self, pixel_values):
+        patch = self.config.patch_size
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        return (pixel_values.shape[2] // rows) * (pixel_values.shape[3] // columns)
+
+    @torch.no_grad()
+    def sample_features(self, pixel_values, num_samples, feature="tokens", generator=None, image_ids=None, start=0):
+        """Stream unit features of noisy draws, one pass at a time; nothing is kept.
+
+        Passes hold draws of one image only, so an image's features are the same to the bit in whatever batch it comes.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised images.
+            num_samples (`int`): draws per image.
+            feature (`str`): `"tokens"`, the flattened feature the host reads; `"cls"`, its class token; `"pooled"`, the
+                final embedding, after any projection.
+            generator, image_ids: as in `forward`.
+            start (`int`): number of the first draw, to go on where another call stopped.
+
+        Yields:
+            `torch.Tensor` of shape `(batch_size, m, F)`, float32: draws `start`, `start + 1`, … m at a time.
+        """
+        check_pixel_values(pixel_values)
+        check_smoothing(self.config.sigma, num_samples)
+        self._selection.check(feature)
+        options, whole = self._feature_options(feature)
+        seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
+        limit = self.config.max_batch_size or default_batch_size(*pixel_values.shape[2:], pixel_values.device)
+        patches = self._num_patches(pixel_values)
+        for first in range(start, start + num_samples, limit):
+            count = min(limit, start + num_samples - first)
+            rows = [
+                self._selection.unit_vector(output, feature, patches)
+                for i in range(len(pixel_values))
+                for _, output in self._passes(
+                    pixel_values[i : i + 1], options, seed, ids[i : i + 1], count, first, whole
+                )
+            ]
+            yield torch.stack(rows)
+
+    @torch.no_grad()
+    def clean_features(self, pixel_values, feature="tokens"):
+        """Unit features of the wrapped tower alone on the images as they are: the paper's anchor f(x)/‖f(x)‖.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, F)`, float32.
+        """
+        check_pixel_values(pixel_values)
+        options, whole = self._feature_options(feature)
+        model = self.vision_tower if whole else self._feature_model()
+        output = self._network(model, pixel_values.float(), None, 1, 0.0, options, raw=True)
+        return self._selection.unit_vector(output, feature, self._num_patches(pixel_values))

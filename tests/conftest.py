@@ -1,0 +1,28 @@
+import logging
+import os
+
+import pytest
+
+
+# Read when huggingface_hub is imported, hence before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class FailOnDeprecation(logging.Handler):
+    """Fails the running test when transformers or diffusers logs that something we call is deprecated."""
+
+    def emit(self, record):
+        message = record.getMessage()
+        if "deprecated" in message.lower():
+            pytest.fail(f"`{record.name}` says: {message}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fail_on_deprecation():
+    handler = FailOnDeprecation()
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
