@@ -1,4 +1,7 @@
-"""Feature-space smoothing for vision-language models, with certificates: a plugin for HuggingFace transformers."""
+"""Feature-space smoothing for vision-language models, with certificates: a plugin for HuggingFace transformers.
+
+Importing it registers `PSMModel` and `SmoothedVisionTower` with transformers' Auto classes.
+"""
 
 from transformers import AutoConfig, AutoModel
 
@@ -20,11 +23,9 @@ __all__ = [
     "detach",
 ]
 
-AutoConfig.register(PSMConfig.model_type, PSMConfig)
-AutoConfig.register(SmoothedVisionTowerConfig.model_type, SmoothedVisionTowerConfig)
-AutoModel.register(PSMConfig, PSMModel)
-AutoModel.register(SmoothedVisionTowerConfig, SmoothedVisionTower)
-# One class each, so that `trust_remote_code` works for whoever has not installed the package.
+for _config, _model in ((PSMConfig, PSMModel), (SmoothedVisionTowerConfig, SmoothedVisionTower)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
 
 from .certification import Certificate, certify_features, certify_scores  # noqa: E402
 from .hosts import attach, detach  # noqa: E402

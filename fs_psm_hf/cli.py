@@ -35,7 +35,7 @@ def _list_images(folder, where, limit):
             rows = list(csv.DictReader(stream))
         if not rows or column not in rows[0] or "file_name" not in rows[0]:
             raise ValueError(f"`--where` must name a column of {table} beside file_name, got {column!r}")
-        names = sorted(row["file_name"] for row in rows if row[column] == value)
+        names = sorted({row["file_name"] for row in rows if row[column] == value})
     if not names:
         raise ValueError(f"`--images` {folder} holds no image" + (f" with {where}" if where else ""))
     return names[:limit]
@@ -46,32 +46,47 @@ def _load_tower(name, psm_name, processor_name, sigma, num_samples):
     import transformers
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    from . import PSMModel, SmoothedVisionTower, attach
+    from . import PSMModel, SmoothedVisionTower, SmoothedVisionTowerConfig, attach
     from .hosts import HOSTS
+    from .loading import check_loaded
 
-    model_type = AutoConfig.from_pretrained(name).model_type
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"`--tower` must be a model folder or a Hub id, got {name}: {error}") from error
     try:
         processor = AutoImageProcessor.from_pretrained(processor_name or name)
     except (OSError, ValueError) as error:
         raise ValueError(f"`--processor` is needed: {processor_name or name} holds no image processor") from error
     psm = None if psm_name is None else PSMModel.from_pretrained(psm_name)
-    settings = {"sigma": 0.25 if sigma is None else sigma, "num_samples": num_samples or 4, "processor": processor}
-    if model_type == SmoothedVisionTower.config_class.model_type:
+
+    def load(model_class, leftover=()):
+        model, info = model_class.from_pretrained(name, output_loading_info=True)
+        check_loaded(name, model_class, info, leftover)
+        return model
+
+    host = None
+    if config.model_type == SmoothedVisionTowerConfig.model_type:
+        tower = SmoothedVisionTower.from_pretrained(name)
+    elif config.model_type in HOSTS:
+        host = load(transformers.AutoModelForImageTextToText)
+        tower = host.model.vision_tower
+    elif config.model_type == "siglip":
+        tower = load(transformers.SiglipVisionModel, ("text_model.", "logit_"))
+    elif config.model_type == "clip" or "CLIPVisionModelWithProjection" in (config.architectures or ()):
+        tower = load(transformers.CLIPVisionModelWithProjection, ("text_model.", "text_projection.", "logit_scale"))
+    else:
+        tower = load(AutoModel)
+    if isinstance(tower, SmoothedVisionTower):
         if psm is not None:
             raise ValueError(f"`--psm` must not be given for a tower that is smoothed already, got {psm_name}")
-        tower = SmoothedVisionTower.from_pretrained(name)
         tower.config.sigma = tower.config.sigma if sigma is None else sigma
         tower.config.num_samples = num_samples or tower.config.num_samples
         return tower, processor
-    if model_type in HOSTS:
-        host = transformers.AutoModelForImageTextToText.from_pretrained(name)
-        tower = host.model.vision_tower
-        return (tower if isinstance(tower, SmoothedVisionTower) else attach(host, psm, **settings)), processor
-    vision_class = {
-        "clip": transformers.CLIPVisionModelWithProjection,
-        "siglip": transformers.SiglipVisionModel,
-    }.get(model_type, AutoModel)
-    return SmoothedVisionTower.from_components(vision_class.from_pretrained(name), psm, **settings), processor
+    settings = {"sigma": 0.25 if sigma is None else sigma, "num_samples": num_samples or 4, "processor": processor}
+    if host is not None:
+        return attach(host, psm, **settings), processor
+    return SmoothedVisionTower.from_components(tower, psm, **settings), processor
 
 
 @app.command()
@@ -101,6 +116,7 @@ def certify(
 ):  # fmt: skip
     """Certify every image of a folder; plug-in estimates beside 1 - alpha certificates from the same draws."""
     import torch
+    from transformers.utils import logging
 
     from .certification import format_table
     from .certification.folder import certify_folder
@@ -110,10 +126,16 @@ def certify(
     if limit is not None and limit < 1:
         raise ValueError(f"`--limit` must be >= 1, got {limit}")
     files = _list_images(images, where, limit)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` must be one torch can use here, got {device}: {error}") from error
+    logging.disable_progress_bar()
     model, image_processor = _load_tower(tower, psm, processor, sigma, served_samples)
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(device)
     model.config.max_batch_size = max_batch_size or model.config.max_batch_size
-    settings = {"tower": Path(tower).name, "psm": psm and Path(psm).name, "images": Path(images).resolve().name}
+    settings = {"tower": Path(tower).name, "images": Path(images).resolve().name}
     certificates, unreadable = certify_folder(
         model, image_processor, images, files, output, settings=settings | {"where": where, "limit": limit},
         methods=["cdf", "plugin"], epsilons=tuple(epsilon), alpha=alpha, level=level, num_samples=num_samples,
@@ -133,9 +155,12 @@ def demo(
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
 ):
     """Caption and certify photographs with the embedded LLaVA, plain and smoothed; writes a picture."""
+    from transformers.utils import logging
+
     from .demo import run
 
-    run(models=models, output=output)
+    logging.disable_progress_bar()
+    typer.echo(run(models=models, output=output, progress=True))
 
 
 @app.command()
@@ -143,16 +168,10 @@ def env():
     """Print the versions a bug report needs."""
     import torch
 
-    names = (
-        "fs-psm-hf",
-        "transformers",
-        "diffusers",
-        "accelerate",
-        "safetensors",
-        "huggingface_hub",
-        "numpy",
-        "scipy",
-    )
+    from . import __version__
+
+    names = ("transformers", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "scipy")
+    typer.echo(f"fs_psm_hf: {__version__}")
     typer.echo(f"python: {platform.python_version()} on {platform.platform()}")
     typer.echo(f"torch: {torch.__version__}, cuda {torch.version.cuda}, available {torch.cuda.is_available()}")
     for name in names:
@@ -161,8 +180,14 @@ def env():
 
 def main():
     """Run the command line; a user's mistake is one line and exit code 2."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (StrictDataclassError, ValueError, TypeError, OSError, ImportError) as error:
         typer.echo(f"fs-psm: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

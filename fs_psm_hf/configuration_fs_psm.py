@@ -8,6 +8,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 PURIFIERS = ("none", "diffusion", "unet")
+# Marks a module of the user's, which no configuration can describe.
+OWN_PURIFIER = "own"
 AGGREGATIONS = ("unit", "mean")
 MAPPER_FEATURES = ("tokens", "pooled")
 # What a host reads from the configuration of its vision tower.
@@ -33,6 +35,17 @@ def _refuse_other_model_type(cls, config_dict):
         )
 
 
+def check_feature(feature_layer, first_token, aggregation):
+    """Raise `ValueError` unless the feature is described by integers and the aggregation is known."""
+    layers = feature_layer if isinstance(feature_layer, (list, tuple)) else [feature_layer]
+    if feature_layer is not None and any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+        raise ValueError(f"`feature_layer` must be an integer, a list of integers or None, got {feature_layer!r}")
+    if isinstance(first_token, bool) or not isinstance(first_token, int) or first_token < 0:
+        raise ValueError(f"`first_token` must be an integer >= 0, got {first_token!r}")
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"`aggregation` must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+
+
 def check_smoothing(sigma, num_samples, max_batch_size=None):
     """Raise `ValueError` unless σ (in [0, 1] pixels), n₀ and the batch limit are usable."""
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not math.isfinite(sigma) or sigma < 0:
@@ -51,8 +64,8 @@ class PSMConfig(PreTrainedConfig):
 
     Args:
         purifier (`str`, defaults to `"none"`):
-            `"none"`, `"diffusion"` (one step of a diffusers `UNet2DModel` that predicts ε) or `"unet"` (light
-            σ-conditioned denoiser).
+            `"none"`, `"diffusion"` (one step of a diffusers `UNet2DModel` that predicts ε), `"unet"` (light
+            σ-conditioned denoiser), or `"own"`, the mark of a module of yours that only `from_components` can set.
         purifier_config (`dict`, *optional*):
             Arguments of the `UNet2DModel`; the published sizes where not given.
         mapper_config (`dict`, *optional*):
@@ -75,7 +88,7 @@ class PSMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         for name, allowed in (("purifier", PURIFIERS), ("mapper_feature", MAPPER_FEATURES)):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in (*allowed, OWN_PURIFIER if name == "purifier" else None):
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     @classmethod
@@ -136,8 +149,7 @@ class SmoothedVisionTowerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         check_smoothing(self.sigma, self.num_samples, self.max_batch_size)
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"`aggregation` must be one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}")
+        check_feature(self.feature_layer, self.first_token, self.aggregation)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -31,12 +31,14 @@ class FeatureSelection:
         num_layers (`int`): blocks of the wrapped tower, one less than its hidden states.
         first_token (`int`): first token the host reads.
         mapped (`str`, *optional*): `"tokens"` or `"pooled"` where a mapper refines the feature.
+        has_class_token (`bool`): whether the first token stands for the whole image.
     """
 
     layers: tuple[int, ...]
     num_layers: int
     first_token: int
     mapped: str | None
+    has_class_token: bool
 
     @classmethod
     def of(cls, config):
@@ -45,6 +47,11 @@ class FeatureSelection:
         Raises:
             ValueError: a layer that does not exist, or a mapper of another width.
         """
+        for name in ("num_hidden_layers", "hidden_size"):
+            if not isinstance(getattr(config.vision_config, name, None), int):
+                raise ValueError(
+                    f"`vision_tower` must be a model with one `{name}`, got a {config.vision_config.model_type!r} without"
+                )
         given, count = config.feature_layer, config.vision_config.num_hidden_layers
         layers = [] if given is None else [given] if isinstance(given, int) else list(given)
         if (given is not None and not layers) or any(not -count - 1 <= layer <= count for layer in layers):
@@ -58,7 +65,9 @@ class FeatureSelection:
             raise ValueError(
                 f"`mapper_config['hidden_size']` must be {width}, the width of the tower's feature, got {mapper_width}"
             )
-        return cls(tuple(layer % (count + 1) for layer in layers), count, config.first_token, mapped)
+        # SigLIP's encoder is the one without a class token among those that are wrapped by name.
+        has_class_token = not config.vision_config.model_type.startswith("siglip")
+        return cls(tuple(i % (count + 1) for i in layers), count, config.first_token, mapped, has_class_token)
 
     @property
     def restricted(self):
@@ -80,10 +89,10 @@ class FeatureSelection:
         if self.mapped == "pooled":
             name = pooled_name(output)
             pooled = output[name].float()
-            output[name] = pooled + mapper(pooled, sigma)
+            output[name] = pooled + mapper(pooled, sigma).to(pooled.device)
             return
         tokens = self.tokens(output).float()
-        refined = tokens + mapper(tokens, sigma)
+        refined = tokens + mapper(tokens, sigma).to(tokens.device)
         if not self.layers:
             output.last_hidden_state = refined
             return
@@ -129,23 +138,28 @@ class FeatureSelection:
         return type(template)(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
     def check(self, feature):
-        """Raise `ValueError` where `feature` is unknown or not the one the mapper refines."""
+        """Raise `ValueError` where `feature` is unknown, not there, or not the one the mapper refines."""
         if feature not in FEATURES:
             raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}, got {feature!r}")
+        if feature == "cls" and not self.has_class_token:
+            raise ValueError("`feature` must not be 'cls' for this vision tower: it has no class token")
         if self.mapped is not None and (self.mapped == "pooled") != (feature == "pooled"):
             raise ValueError(f"`feature` must be the one the mapper refines ({self.mapped!r}), got {feature!r}")
 
-    def unit_vector(self, output, feature, num_patches):
-        """The flattened unit feature g of theory.md that a certificate speaks of, `(rows, F)`, float32.
+    def serves(self, feature):
+        """Whether the host is given this very feature, so that a mean of its draws has a certificate too (Fact 4)."""
+        return feature == "tokens" or (feature == "pooled" and (not self.layers or self.mapped == "pooled"))
 
-        Raises:
-            ValueError: the class token of a tower that has none is asked for.
-        """
+    def options(self, feature):
+        """How to call the wrapped tower for one certified feature: its options, and whether it runs to the end."""
+        whole = feature == "pooled" or not self.layers
+        return ({} if whole else {"output_hidden_states": list(self.layers)}), whole
+
+    def unit_vector(self, output, feature):
+        """The flattened unit feature g of theory.md that a certificate speaks of, `(rows, F)`, float32."""
         if feature == "pooled":
             vector = output[pooled_name(output)].float()
         else:
             tokens = self.tokens(output).float()
-            if feature == "cls" and tokens.shape[1] == num_patches:
-                raise ValueError("`feature` must not be 'cls' for this vision tower: it has no class token")
             vector = tokens[:, 0] if feature == "cls" else tokens[:, self.first_token :].flatten(1)
         return vector / vector_norm([vector])[:, None]

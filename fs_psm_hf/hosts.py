@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .configuration_fs_psm import OWN_PURIFIER
 from .modeling_fs_psm import SmoothedVisionTower
 
 
@@ -54,12 +55,13 @@ def attach(
 
     The host's projector and language model are untouched; its configuration describes the new tower, so the whole
     model saves and reloads by its own class after `import fs_psm_hf`. The PSM is moved to the tower's device and
-    dtype and frozen.
+    dtype (a purifier of yours to the device only) and frozen.
 
     Args:
         host (`PreTrainedModel`): a `LlavaForConditionalGeneration` or `LlavaModel`.
         psm ([`PSMModel`], `torch.nn.Module` or `None`): as in [`SmoothedVisionTower.from_components`].
-        feature_layer (`int` or `list[int]`, *optional*): the host's own where not given.
+        feature_layer (`int` or `list[int]`, *optional*): the layer or layers the host reads; its own configuration says
+            which, so there is no need to give them.
         processor (*optional*): the host's processor, to take `image_mean` and `image_std` from.
 
     The other arguments are those of [`SmoothedVisionTowerConfig`].
@@ -76,12 +78,20 @@ def attach(
         raise ValueError(
             "`host` must have a plain vision tower, got one that is smoothed already: `detach(host)` first"
         )
+    if tower.device.type == "meta":
+        raise ValueError(
+            "`host` must have its vision tower in memory, got one that is offloaded: `attach`, save and reload"
+        )
+    own_layer = getattr(host.config, kind.layer_field)
+    if feature_layer is not None and feature_layer != own_layer:
+        raise ValueError(f"`feature_layer` must be the one the host reads, {own_layer}, got {feature_layer}")
+    training = tower.training
     smoothed = SmoothedVisionTower.from_components(
         tower,
         psm,
         sigma=sigma,
         num_samples=num_samples,
-        feature_layer=getattr(host.config, kind.layer_field) if feature_layer is None else feature_layer,
+        feature_layer=own_layer,
         first_token=int(getattr(host.config, kind.strategy_field) == "default"),
         image_mean=image_mean,
         image_std=image_std,
@@ -89,11 +99,13 @@ def attach(
         max_batch_size=max_batch_size,
         aggregation=aggregation,
     )
-    smoothed.psm.to(device=tower.device, dtype=tower.dtype).requires_grad_(False)
+    own_purifier = smoothed.config.psm_config.purifier == OWN_PURIFIER
+    smoothed.psm.to(device=tower.device, dtype=None if own_purifier else tower.dtype).requires_grad_(False)
     holder.vision_tower = smoothed
     for config in configs:
         config.vision_config = smoothed.config
     # Renamings remembered from an older checkpoint would be applied to the new tower's keys when the host is saved.
+    smoothed._tower_training = training
     smoothed._host_conversions = host.__dict__.pop("_weight_conversions", None)
     return smoothed
 
@@ -111,7 +123,7 @@ def detach(host):
     smoothed = holder.vision_tower
     if not isinstance(smoothed, SmoothedVisionTower):
         raise ValueError(f"`host` must have a smoothed vision tower, got a {type(smoothed).__name__}")
-    holder.vision_tower = smoothed.vision_tower
+    holder.vision_tower = smoothed.vision_tower.train(getattr(smoothed, "_tower_training", False))
     for config in configs:
         config.vision_config = smoothed.config.vision_config
     host.__dict__.pop("_weight_conversions", None)

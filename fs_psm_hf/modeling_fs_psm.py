@@ -7,12 +7,18 @@ import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from .configuration_fs_psm import PSMConfig, SmoothedVisionTowerConfig, check_smoothing
+from .configuration_fs_psm import (
+    OWN_PURIFIER,
+    PSMConfig,
+    SmoothedVisionTowerConfig,
+    check_feature,
+    check_smoothing,
+)
 from .features import FeatureSelection
 from .loading import StrictLoading
 from .modeling_psm import NO_SPLIT_MODULES, PSMModel
 from .noise import gaussian_noise, resolve_image_ids, resolve_seed
-from .pixels import channel_view, check_pixel_values, check_statistics, from_unit, to_unit
+from .pixels import channel_tensor, check_pixel_values, check_statistics, from_unit, read_statistics, to_unit
 from .smoothing import RunningFeature, default_batch_size, plan_passes
 from .truncation import truncated
 
@@ -48,7 +54,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
                 )
             self.vision_tower = vision_class._from_config(config.vision_config)
         self.psm = PSMModel._from_config(config.psm_config)
-        self._selection = FeatureSelection.of(config)
+        self._last_selection = FeatureSelection.of(config)
         self._compiled_pass = None
         self._short = None
         self.post_init()
@@ -78,7 +84,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             psm ([`PSMModel`], `torch.nn.Module` or `None`): purifier and mapper; or a purifier of yours with
                 `denoise(images_01, sigma) -> images_01`; or `None` for plain smoothing.
             processor (*optional*): an image processor, or a processor that has one, to take `image_mean` and
-                `image_std` from.
+                `image_std` from where they are not given.
 
         The other arguments are those of [`SmoothedVisionTowerConfig`].
 
@@ -98,10 +104,10 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
                 f"got {type(psm).__name__}"
             )
         if image_mean is None and image_std is None and processor is not None:
-            image_processor = getattr(processor, "image_processor", processor)
-            image_mean, image_std = (getattr(image_processor, name, None) for name in ("image_mean", "image_std"))
+            image_mean, image_std = read_statistics(processor)
         check_statistics(image_mean, image_std)
         check_smoothing(sigma, num_samples, max_batch_size)
+        check_feature(feature_layer, first_token, aggregation)
         auto_class = AutoModel._model_mapping.get(type(vision_tower.config), None)
         config = SmoothedVisionTowerConfig(
             vision_config=vision_tower.config,
@@ -124,6 +130,8 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             tower.psm = psm
         elif own_purifier:
             tower.psm.purifier = psm
+            # A configuration that says so, so that no copy of this model, in a host or not, reloads without it.
+            tower.config.psm_config = tower.psm.config = PSMConfig(purifier=OWN_PURIFIER)
         tower.config.dtype = vision_tower.dtype
         return tower.eval()
 
@@ -133,7 +141,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         Raises:
             ValueError: the purifier is a module of yours, which no configuration can describe.
         """
-        if self.psm.purifier is not None and self.config.psm_config.purifier == "none":
+        if self.config.psm_config.purifier == OWN_PURIFIER:
             raise ValueError(
                 f"`{type(self.psm.purifier).__name__}` is a purifier of yours that config.json cannot describe: save it "
                 "yourself and give it to `from_components` again"
@@ -144,11 +152,19 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         # The parts initialise themselves; the tower has no weights of its own.
         return
 
+    def __getstate__(self):
+        # What was made from this object's parts would not be made from the copy's.
+        return self.__dict__ | {"_compiled_pass": None, "_short": None}
+
     # Settings ---------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def smoothing(self, *, sigma=None, num_samples=None, max_batch_size=None):
-        """A temporary setting of σ (in [0, 1] pixels), n₀ or the batch limit, checked before and restored after."""
+        """A temporary setting of σ (in [0, 1] pixels), n₀ or the batch limit, checked before and restored after.
+
+        It is a setting of the tower, seen by every thread that uses it meanwhile. A stream of `sample_features` keeps the
+        setting it was made under.
+        """
         before = {name: getattr(self.config, name) for name in ("sigma", "num_samples", "max_batch_size")}
         given = {"sigma": sigma, "num_samples": num_samples, "max_batch_size": max_batch_size}
         after = before | {name: value for name, value in given.items() if value is not None}
@@ -166,77 +182,98 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         self._compiled_pass = torch.compile(self._network, *args, **kwargs)
         return self
 
+    @property
+    def _selection(self):
+        # Follows the configuration, and is one object while that stays, which torch.compile needs.
+        selection = FeatureSelection.of(self.config)
+        if selection != self._last_selection:
+            self._last_selection = selection
+        return self._last_selection
+
+    def serves(self, feature):
+        """Whether the host is given this very feature (`"tokens"`, `"pooled"` or `"cls"`), or only a part of it."""
+        return self._selection.serves(feature)
+
     # One pass ---------------------------------------------------------------------------------------------------------
 
-    def _feature_model(self):
-        """The wrapped tower, cut after the last feature layer where nothing behind it is needed."""
+    def _model(self, whole):
+        """The wrapped tower: the `whole` of it, or cut after the last feature layer where nothing behind it is needed."""
         depth = self._selection.depth
-        if depth is None:
+        if whole or depth is None:
             return self.vision_tower
-        # Kept, so that torch.compile sees one object; made again where a block was exchanged (adapters, for one).
-        parts = tuple(id(module) for module in self.vision_tower.modules())
+        # Kept, so that torch.compile sees one object; made again for another layer, or where a block was exchanged
+        # (adapters, for one).
+        parts = depth, *(id(module) for module in self.vision_tower.modules())
         if self._short is None or self._short[0] != parts:
             self._short = parts, truncated(self.vision_tower, depth)
         return self._short[1]
 
-    def _network(self, model, images, noise, num_samples, sigma, options, raw=False):
+    def _network(self, model, images, noise, num_samples, sigma, statistics, selection, options, raw=False):
         """Purifier, wrapped tower and mapper on the noisy copies of some images.
 
         Args:
-            model (`PreTrainedModel`): from `_feature_model`, or the whole tower.
+            model (`PreTrainedModel`): from `_model`.
             images (`torch.Tensor` of shape `(b, 3, height, width)`): in [0, 1] with a purifier, normalised without.
             noise (`torch.Tensor` of shape `(b * num_samples, 3, height, width)` or `None`): unit noise, overwritten.
+            statistics (pair of `torch.Tensor` of shape `(3, 1, 1)`): mean and standard deviation of the normalisation.
+            selection ([`FeatureSelection`]): what the mapper refines.
             options (`dict`): further arguments of the wrapped tower.
             raw (`bool`): the wrapped tower alone, neither purifier nor mapper, on normalised images.
 
         Returns:
             The wrapped tower's output class for `b * num_samples` images.
         """
-        mean, std = self.config.image_mean, self.config.image_std
+        mean, std = statistics
         purified = self.psm.purifier is not None and not raw
         copies = images[:, None].expand(-1, num_samples, -1, -1, -1)  # (b, n, 3, H, W)
         if noise is None:
             pixels = copies.flatten(0, 1)  # (b*n, 3, H, W)
         else:
             # Noise of σ in [0, 1] pixels is σ / std in normalised ones, where the tower without a purifier lives.
-            scale = sigma if purified else sigma / channel_view(std, noise)
+            scale = sigma if purified else sigma / std
             pixels = noise.mul_(scale).view(copies.shape).add_(copies).flatten(0, 1)
         if purified:
-            pixels = from_unit(self.psm(pixels, sigma), mean, std)
+            purified_pixels = self.psm(pixels, sigma)
+            pixels = from_unit(purified_pixels, mean.to(purified_pixels), std.to(purified_pixels))
         output = model(pixel_values=pixels.to(self.vision_tower.dtype), return_dict=True, **options)
         if self.psm.mapper is not None and not raw:
-            self._selection.refine(output, self.psm.mapper, sigma)
+            selection.refine(output, self.psm.mapper, sigma)
         return output
 
-    def _passes(self, pixel_values, options, seed, image_ids, num_samples, first_sample=0, whole=False):
+    def _limit(self, pixel_values):
+        """Most noisy images in one pass."""
+        return self.config.max_batch_size or default_batch_size(*pixel_values.shape[2:], pixel_values.device)
+
+    def _statistics(self, images):
+        return channel_tensor(self.config.image_mean, images), channel_tensor(self.config.image_std, images)
+
+    def _passes(self, model, pixel_values, options, seed, image_ids, sigma, samples, limit):
         """Run every pass of a call.
 
         Args:
-            whole (`bool`): all outputs of the wrapped tower are wanted, not the feature layer alone.
+            samples (`range`): numbers of the draws of each image.
+            limit (`int`): most noisy images in one pass.
 
         Yields:
             `tuple[slice, ModelOutput]`: the images of the pass and the wrapped tower's answer for their draws.
         """
-        sigma = self.config.sigma
         batch_size, shape = len(pixel_values), tuple(pixel_values.shape[1:])
         images = pixel_values.float()
+        statistics = self._statistics(images)
         if self.psm.purifier is not None:
-            images = to_unit(images, self.config.image_mean, self.config.image_std)
-        limit = self.config.max_batch_size or default_batch_size(*shape[1:], pixel_values.device)
-        model = self.vision_tower if whole else self._feature_model()
-        network = self._compiled_pass or self._network
-        for chosen, samples in plan_passes(batch_size, num_samples, limit, first_sample):
-            ids, count = image_ids[chosen], len(samples)
-            noise = None
+            images = to_unit(images, *statistics)
+        network, selection = self._compiled_pass or self._network, self._selection
+        for chosen, numbers in plan_passes(batch_size, len(samples), limit, samples.start):
+            count, noise = len(numbers), None
             if sigma > 0:
-                noise = gaussian_noise(shape, seed, ids, samples.start, count, pixel_values.device)
+                noise = gaussian_noise(shape, seed, image_ids[chosen], numbers.start, count, pixel_values.device)
             repeated = {
                 name: value[chosen].repeat_interleave(count, 0)
                 if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch_size
                 else value
                 for name, value in options.items()
             }
-            yield chosen, network(model, images[chosen], noise, count, sigma, repeated)
+            yield chosen, network(model, images[chosen], noise, count, sigma, statistics, selection, repeated)
 
     # Called by hosts --------------------------------------------------------------------------------------------------
 
@@ -276,14 +313,15 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             ValueError: another shape, NaN or Inf, or an output that is not smoothed was asked for.
         """
         check_pixel_values(pixel_values)
+        sigma, num_samples = self.config.sigma, self.config.num_samples
+        check_smoothing(sigma, num_samples, self.config.max_batch_size)
         states = self._requested_states(output_hidden_states, output_attentions)
         options = kwargs if states is None else kwargs | {"output_hidden_states": states}
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
-        num_samples = self.config.num_samples
-        running, template = {}, None
         selection, unit = self._selection, self.config.aggregation == "unit"
-        whole = not selection.restricted
-        for images, output in self._passes(pixel_values, options, seed, ids, num_samples, whole=whole):
+        model, limit = self._model(whole=not selection.restricted), self._limit(pixel_values)
+        running, template = {}, None
+        for images, output in self._passes(model, pixel_values, options, seed, ids, sigma, range(num_samples), limit):
             template = output
             for place, tensors in selection.collect(output).items():
                 if place not in running:
@@ -295,14 +333,16 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
 
     def _requested_states(self, output_hidden_states, output_attentions):
         """What to ask of the wrapped tower as `output_hidden_states`; `None` leaves it to its own configuration."""
-        if output_attentions or (output_attentions is None and self.config.vision_config.output_attentions):
+        configured = self.config.output_attentions or self.config.vision_config.output_attentions
+        if output_attentions or (output_attentions is None and configured):
             raise ValueError("`output_attentions` must be False, got True: attention maps are not smoothed")
         selection = self._selection
         if not selection.restricted:
             return output_hidden_states
         if output_hidden_states is not None and not isinstance(output_hidden_states, bool):
             asked = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-            other = [i for i in asked if i % (selection.num_layers + 1) not in selection.layers]
+            count = selection.num_layers + 1
+            other = [i for i in asked if not -count <= i < count or i % count not in selection.layers]
             if other:
                 own = f"`feature_layer={self.config.feature_layer}`" if selection.layers else "the mapped last output"
                 raise ValueError(
@@ -312,22 +352,11 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
 
     # Called by certification ------------------------------------------------------------------------------------------
 
-    def _feature_options(self, feature):
-        """How to call the wrapped tower for one certified feature: its options, and whether it runs to the end."""
-        layers = self._selection.layers
-        whole = feature == "pooled" or not layers
-        return ({} if whole else {"output_hidden_states": list(layers)}), whole
-
-    def _num_patches(self, pixel_values):
-        patch = self.config.patch_size
-        rows, columns = (patch, patch) if isinstance(patch, int) else patch
-        return (pixel_values.shape[2] // rows) * (pixel_values.shape[3] // columns)
-
-    @torch.no_grad()
     def sample_features(self, pixel_values, num_samples, feature="tokens", generator=None, image_ids=None, start=0):
-        """Stream unit features of noisy draws, one pass at a time; nothing is kept.
+        """Stream unit features of noisy draws, one pass at a time; no pass is kept.
 
         Passes hold draws of one image only, so an image's features are the same to the bit in whatever batch it comes.
+        The settings and the seed are those of the moment of the call, whenever the stream is read. No gradients.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised images.
@@ -337,25 +366,33 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             generator, image_ids: as in `forward`.
             start (`int`): number of the first draw, to go on where another call stopped.
 
-        Yields:
-            `torch.Tensor` of shape `(batch_size, m, F)`, float32: draws `start`, `start + 1`, … m at a time.
+        Returns:
+            Iterator of `torch.Tensor` of shape `(batch_size, m, F)`, float32: draws `start`, `start + 1`, … m at a time.
+
+        Raises:
+            TypeError: `pixel_values` is no floating point tensor.
+            ValueError: another shape, NaN or Inf, a setting out of range, or a feature this tower does not have.
         """
         check_pixel_values(pixel_values)
-        check_smoothing(self.config.sigma, num_samples)
+        check_smoothing(self.config.sigma, num_samples, self.config.max_batch_size)
         self._selection.check(feature)
-        options, whole = self._feature_options(feature)
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
-        limit = self.config.max_batch_size or default_batch_size(*pixel_values.shape[2:], pixel_values.device)
-        patches = self._num_patches(pixel_values)
-        for first in range(start, start + num_samples, limit):
-            count = min(limit, start + num_samples - first)
-            rows = [
-                self._selection.unit_vector(output, feature, patches)
-                for i in range(len(pixel_values))
-                for _, output in self._passes(
-                    pixel_values[i : i + 1], options, seed, ids[i : i + 1], count, first, whole
-                )
-            ]
+        draws = range(start, start + num_samples)
+        return self._stream(
+            pixel_values, draws, feature, seed, ids, self.config.sigma, self._limit(pixel_values), self._selection
+        )
+
+    @torch.no_grad()
+    def _stream(self, pixel_values, draws, feature, seed, image_ids, sigma, limit, selection):
+        options, whole = selection.options(feature)
+        model = self._model(whole)
+        for first in draws[::limit]:
+            samples = range(first, min(first + limit, draws.stop))
+            rows = []
+            for i, image_id in enumerate(image_ids):
+                passes = self._passes(model, pixel_values[i : i + 1], options, seed, [image_id], sigma, samples, limit)
+                ((_, output),) = passes
+                rows.append(selection.unit_vector(output, feature))
             yield torch.stack(rows)
 
     @torch.no_grad()
@@ -366,7 +403,9 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             `torch.Tensor` of shape `(batch_size, F)`, float32.
         """
         check_pixel_values(pixel_values)
-        options, whole = self._feature_options(feature)
-        model = self.vision_tower if whole else self._feature_model()
-        output = self._network(model, pixel_values.float(), None, 1, 0.0, options, raw=True)
-        return self._selection.unit_vector(output, feature, self._num_patches(pixel_values))
+        self._selection.check(feature)
+        options, whole = self._selection.options(feature)
+        images = pixel_values.float()
+        selection, statistics = self._selection, self._statistics(images)
+        output = self._network(self._model(whole), images, None, 1, 0.0, statistics, selection, options, raw=True)
+        return selection.unit_vector(output, feature)

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from .configuration_fs_psm import PSMConfig
+from .configuration_fs_psm import OWN_PURIFIER, PSMConfig
 from .loading import StrictLoading
 from .mapper import SmoothnessMapper
 from .purifier import build_purifier
@@ -34,10 +34,20 @@ class PSMModel(StrictLoading, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    # No attention of transformers' own: whatever the host asks for is fine.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _no_split_modules = NO_SPLIT_MODULES
 
     def __init__(self, config):
         super().__init__(config)
+        if config.purifier == OWN_PURIFIER:
+            raise ValueError(
+                "`purifier` was a module of yours, which config.json cannot describe: load the plain model and give the "
+                "module to `attach` or `from_components` again"
+            )
         self.purifier = build_purifier(config.purifier, config.purifier_config)
         self.mapper = None if config.mapper_config is None else SmoothnessMapper(**config.mapper_config)
         self.post_init()

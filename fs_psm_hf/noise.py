@@ -2,10 +2,11 @@
 
 Chunking, batching, resuming and the number of processes cannot change them. On the CPU the draw is numpy's
 counter-based Philox with key (seed, image) and counter (sample); elsewhere it is the device's own counter-based
-generator, seeded by a 64-bit hash of the three. The two devices give different, equally distributed noise.
+generator, seeded by a 64-bit hash of the three. Kinds of devices give different, equally distributed noise.
 """
 
 import hashlib
+import operator
 import secrets
 
 import numpy as np
@@ -42,7 +43,10 @@ def resolve_image_ids(image_ids, batch_size):
     """One integer name per image; its position in the batch where none is given."""
     if image_ids is None:
         return list(range(batch_size))
-    ids = [int(i) for i in image_ids]
+    try:
+        ids = [operator.index(i) for i in (image_ids.tolist() if isinstance(image_ids, torch.Tensor) else image_ids)]
+    except TypeError as error:
+        raise TypeError(f"`image_ids` must be integers, got {image_ids}") from error
     if len(ids) != batch_size:
         raise ValueError(f"`image_ids` must name each of the {batch_size} images, got {len(ids)} ids")
     if min(ids) < 0 or max(ids) > MAX_ID:

@@ -1,12 +1,15 @@
-"""The three pixel scales: normalised `pixel_values`, [0, 1] images (where σ and ε live), [-1, 1] images (diffusion)."""
+"""The two pixel scales outside a purifier: normalised `pixel_values`, and [0, 1] images, where σ and ε live."""
 
 import math
 
 import torch
 
 
-def channel_view(values, like):
-    """Per-channel constants as a tensor of shape `(3, 1, 1)` on the device and in the dtype of `like`."""
+def channel_tensor(values, like):
+    """Per-channel constants as a tensor of shape `(3, 1, 1)` on the device and in the dtype of `like`.
+
+    The copy to a device makes the host wait: once per call, not once per pass.
+    """
     return like.new_tensor(values).view(-1, 1, 1)
 
 
@@ -15,27 +18,17 @@ def to_unit(pixel_values, mean, std):
 
     Args:
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised pixels.
-        mean, std (`list[float]`): the processor's `image_mean` and `image_std`, in [0, 1] units.
+        mean, std (`torch.Tensor` of shape `(3, 1, 1)`): the processor's `image_mean` and `image_std`, in [0, 1] units.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 3, height, width)`: pixels in [0, 1].
     """
-    return pixel_values * channel_view(std, pixel_values) + channel_view(mean, pixel_values)
+    return pixel_values * std + mean
 
 
 def from_unit(images, mean, std):
     """Normalise [0, 1] images of shape `(batch_size, 3, height, width)` as the image processor does."""
-    return (images - channel_view(mean, images)) / channel_view(std, images)
-
-
-def to_symmetric(images):
-    """[0, 1] → [-1, 1]; noise of standard deviation σ becomes 2σ."""
-    return images * 2 - 1
-
-
-def from_symmetric(images):
-    """[-1, 1] → [0, 1]."""
-    return (images + 1) / 2
+    return (images - mean) / std
 
 
 def check_statistics(mean, std):
@@ -46,22 +39,40 @@ def check_statistics(mean, std):
                 f"`{name}` is missing: give `processor=` or `image_mean=` and `image_std=`, the values the vision tower "
                 "was trained with; they are never assumed."
             )
-        good = len(values) == 3 and all(math.isfinite(v) for v in values)
+        good = isinstance(values, (list, tuple)) and len(values) == 3
+        good = good and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
         if not good or (name == "image_std" and min(values) <= 0):
             allowed = "three finite numbers" + (" > 0" if name == "image_std" else "")
-            raise ValueError(f"`{name}` must be {allowed}, got {list(values)}")
+            raise ValueError(f"`{name}` must be {allowed}, got {values}")
 
 
-def check_pixel_values(pixel_values, image_size=None):
+def read_statistics(processor):
+    """`image_mean` and `image_std` of an image processor, or of a processor that has one.
+
+    Raises:
+        ValueError: it does not normalise, or does not scale pixels to [0, 1] first.
+    """
+    processor = getattr(processor, "image_processor", processor)
+    factor = getattr(processor, "rescale_factor", 1 / 255)
+    rescales = getattr(processor, "do_rescale", True) and math.isclose(factor, 1 / 255, rel_tol=1e-6)
+    if not (rescales and getattr(processor, "do_normalize", True)):
+        raise ValueError(
+            "`processor` must scale pixels by 1/255 and then normalise them, got "
+            f"do_rescale={getattr(processor, 'do_rescale', True)}, rescale_factor={factor}, "
+            f"do_normalize={getattr(processor, 'do_normalize', True)}"
+        )
+    return getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+
+
+def check_pixel_values(pixel_values):
     """Refuse what would silently become a wrong certificate.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised pixels.
-        image_size (`int` or pair of `int`, *optional*): the only height and width allowed.
 
     Raises:
         TypeError: not a floating point tensor.
-        ValueError: not four dimensions, not three channels, empty, another size, NaN or Inf.
+        ValueError: not four dimensions, not three channels, empty, NaN or Inf.
     """
     if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
         given = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
@@ -69,11 +80,5 @@ def check_pixel_values(pixel_values, image_size=None):
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or shape[1] != 3 or 0 in shape:
         raise ValueError(f"`pixel_values` must have shape (batch_size, 3, height, width), got {shape}")
-    if image_size is not None:
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if shape[2:] != size:
-            raise ValueError(
-                f"`pixel_values` must be {size[0]}x{size[1]} pixels for this tower, got {shape[2]}x{shape[3]}"
-            )
     if not torch.isfinite(pixel_values).all():
         raise ValueError("`pixel_values` must be finite, got NaN or Inf")

@@ -242,7 +242,7 @@ class UNetPurifier(nn.Module):
             padded = inputs
         # The timestep stays float32: bfloat16 has 8 bits, too few to tell neighbouring timesteps apart.
         output = self.unet(padded.to(self.unet.dtype), timestep.to(inputs.device, torch.float32)).sample
-        return output[:, :3, top : top + height, left : left + width].to(inputs.dtype)
+        return output[:, :3, top : top + height, left : left + width].to(inputs)
 
 
 class DiffusionPurifier(UNetPurifier):
@@ -275,7 +275,11 @@ class DiffusionPurifier(UNetPurifier):
         """
         images, dtype = self._check_images(images), images.dtype
         levels = expand_sigma(sigma, images)
-        timestep = noise_level_to_timestep(sigma, self.noise_levels).to(images.device).expand(len(images))
+        timestep = noise_level_to_timestep(sigma, self.noise_levels)
+        if isinstance(sigma, torch.Tensor):
+            timestep = timestep.to(images.device).expand(len(images))
+        else:  # filled in on the device: a copy would make the host wait in every pass
+            timestep = torch.full(images.shape[:1], timestep.item(), device=images.device)
         levels = levels[:, None, None, None]
         noise = self._run_unet((2 * images - 1) / (1 + 4 * levels**2).sqrt(), timestep)
         return (images - levels * noise).to(dtype)

@@ -84,6 +84,10 @@ class RunningFeature:
                 kept.append(tensor)
             return
         count = images.stop - images.start
+        if any(tensor.ndim == 3 and tensor.shape[1] <= self.first_token for tensor in tensors):
+            raise ValueError(
+                f"`first_token` must be below the number of tokens, {tensors[0].shape[1]}, got {self.first_token}"
+            )
         if self.sums is None:
             self.sums = [t.new_zeros((self.num_images, *t.shape[1:]), dtype=torch.float32) for t in tensors]
             self.lengths = tensors[0].new_zeros(self.num_images, dtype=torch.float32)

@@ -11,6 +11,9 @@ def _shallow(module):
     """A second module object with the same parameters, buffers and children."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    # accelerate's hooks live on the instance and call the whole module; those of the children stay.
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        twin.__dict__.pop(name, None)
     return twin
 
 

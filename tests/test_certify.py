@@ -15,7 +15,7 @@ from fs_psm_hf.noise import gaussian_noise, resolve_seed
 SIZE = (3, 4, 4)
 
 
-class Encoder:
+class Encoder(torch.nn.Module):
     """An encoder whose smoothed feature is known in closed form, with a tower's interface.
 
     `half_space`: the unit feature is +e or -e by the side of a plane. `rotation`: it turns by an angle that is linear
@@ -23,7 +23,12 @@ class Encoder:
     """
 
     def __init__(self, kind, rate=1.0, sigma=0.25, chunk=64, **config):
-        settings = {"num_samples": 4, "feature_layer": [-2], "aggregation": "unit", "name_or_path": ""}
+        super().__init__()
+        self.eval()
+        settings = {"num_samples": 4, "feature_layer": [-2], "first_token": 0, "aggregation": "unit"}
+        settings["vision_config"] = SimpleNamespace(name_or_path="", _attn_implementation="none")
+        settings["psm_config"] = SimpleNamespace(name_or_path="", purifier="none", mapper_config=None)
+        settings["name_or_path"] = "analytic"
         self.config = SimpleNamespace(sigma=sigma, **settings | config)
         self.kind, self.rate, self.chunk = kind, rate, chunk
         self.dtype, self.device = torch.float32, torch.device("cpu")
@@ -38,6 +43,9 @@ class Encoder:
         if self.kind == "half_space":
             return torch.stack([t.sign(), torch.zeros_like(t)], -1)
         return torch.stack([(self.rate * t).cos(), (self.rate * t).sin()], -1)
+
+    def serves(self, feature):
+        return feature == "tokens"
 
     def clean_features(self, pixel_values, feature):
         return self.features(pixel_values)
@@ -148,7 +156,7 @@ def test_certificate_says_what_was_certified():
     )[0]
     said = {name: getattr(certificate, name) for name in ("model", "dtype", "image_size", "feature", "feature_layer")}
     assert said == {
-        "model": "Encoder",
+        "model": "analytic",
         "dtype": "float32",
         "image_size": (4, 4),
         "feature": "tokens",

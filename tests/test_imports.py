@@ -28,7 +28,7 @@ LAYERS = [
     ["modeling_psm", "modeling_fs_psm"],
     ["hosts", "conversion", "hub", "certification", ""],
     ["training", "attacks"],
-    ["evaluation", "plots"],
+    ["evaluation", "plots", "demo"],
     ["cli"],
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}

@@ -1,21 +1,31 @@
 import pytest
 import torch
 from tiny_models import MEAN, STD
+from transformers import CLIPImageProcessorPil
 
-from fs_psm_hf.pixels import check_pixel_values, check_statistics, from_symmetric, from_unit, to_symmetric, to_unit
+from fs_psm_hf.pixels import (
+    channel_tensor,
+    check_pixel_values,
+    check_statistics,
+    from_unit,
+    read_statistics,
+    to_unit,
+)
 
 
 def test_normalisation_is_the_image_processors():
     images = torch.rand(2, 3, 5, 7)
     expected = torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
-    torch.testing.assert_close(from_unit(images, MEAN, STD), expected)
-    torch.testing.assert_close(to_unit(expected, MEAN, STD), images)
+    mean, std = channel_tensor(MEAN, images), channel_tensor(STD, images)
+    torch.testing.assert_close(from_unit(images, mean, std), expected)
+    torch.testing.assert_close(to_unit(expected, mean, std), images)
 
 
-def test_symmetric_scale_doubles_noise():
-    images, noise = torch.rand(1, 3, 4, 4), torch.randn(1, 3, 4, 4) * 0.25
-    torch.testing.assert_close(to_symmetric(images + noise) - to_symmetric(images), 2 * noise)
-    torch.testing.assert_close(from_symmetric(to_symmetric(images)), images)
+def test_a_processor_that_works_otherwise_is_refused():
+    assert read_statistics(CLIPImageProcessorPil(image_mean=MEAN, image_std=STD)) == (MEAN, STD)
+    for option in ({"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}):
+        with pytest.raises(ValueError, match="`processor` must scale pixels by 1/255 and then normalise"):
+            read_statistics(CLIPImageProcessorPil(**option))
 
 
 @pytest.mark.parametrize(
@@ -35,12 +45,7 @@ def test_bad_pixel_values_are_named(values, error, words):
         check_pixel_values(values)
 
 
-def test_wrong_size_is_named():
-    with pytest.raises(ValueError, match="4x4 pixels for this tower, got 5x4"):
-        check_pixel_values(torch.zeros(1, 3, 5, 4), image_size=4)
-
-
-@pytest.mark.parametrize("std", [None, [0.1, 0.1], [0.1, 0.1, 0.0], [0.1, 0.1, float("nan")]])
+@pytest.mark.parametrize("std", [None, 0.5, [0.1, 0.1], [0.1, 0.1, 0.0], [0.1, 0.1, float("nan")], ["a", "b", "c"]])
 def test_bad_statistics_are_named(std):
     with pytest.raises(ValueError, match="image_std"):
         check_statistics(MEAN, std)

@@ -1,9 +1,11 @@
 import copy
+import weakref
 
 import pytest
 import torch
-from tiny_models import LAYERS, MEAN, STD, WIDTH, images, psm_model, smoothed_tower, vision_model
+from tiny_models import LAYERS, MEAN, SHAPE, STD, WIDTH, images, psm_model, smoothed_tower, vision_model
 from torch import nn
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig, ViTModel
 
 from fs_psm_hf import PSMConfig, PSMModel, SmoothedVisionTower, SmoothedVisionTowerConfig
 
@@ -321,6 +323,9 @@ def test_activation_checkpointing_keeps_the_gradient():
         ({"image_std": [1, 1]}, "`image_std` must be three finite numbers"),
         ({"feature_layer": 9}, r"`feature_layer` must be in \[-5, 4\].*got 9"),
         ({"feature_layer": [-2, -6]}, r"`feature_layer`.*got \[-2, -6\]"),
+        ({"feature_layer": 1.5}, "`feature_layer` must be an integer, a list of integers or None, got 1.5"),
+        ({"first_token": -1}, "`first_token` must be an integer >= 0, got -1"),
+        ({"image_mean": 0.5}, "`image_mean` must be three finite numbers, got 0.5"),
         ({"aggregation": "median"}, "`aggregation` must be one of unit, mean, got 'median'"),
     ],
 )
@@ -330,7 +335,7 @@ def test_bad_settings_are_named(options, words):
 
 
 def test_a_mapper_of_another_width_is_named():
-    with pytest.raises(ValueError, match=r"must be 32, the width of the feature, got 64"):
+    with pytest.raises(ValueError, match=r"must be 32, the width of the tower's feature, got 64"):
         smoothed_tower(psm=psm_model(width=64))
 
 
@@ -356,12 +361,114 @@ def test_no_class_token_is_named():
 
 
 def test_memory_does_not_grow_with_the_number_of_samples():
-    """The largest batch the wrapped tower ever sees is the limit, and no list of draws is kept."""
-    tower, rows = smoothed_tower(num_samples=64, max_batch_size=4), []
-    tower.vision_tower.register_forward_hook(lambda _, __, output: rows.append(len(output.last_hidden_state)))
-    tower(images(3))
+    """No pass is larger than the limit, and no more than two passes' features are alive at a time."""
+    tower, rows, alive, most = smoothed_tower(num_samples=64, max_batch_size=4), [], weakref.WeakSet(), []
+
+    def watch(_, __, output):
+        rows.append(len(output.last_hidden_state))
+        alive.add(output)
+        most.append(len(alive))
+
+    tower.vision_tower.register_forward_hook(watch)
+    with torch.no_grad():
+        tower(images(3))
+    for _ in tower.sample_features(images(2), 32):
+        pass
     assert max(rows) == 4
-    assert sum(rows) == 3 * 64
+    assert sum(rows) == 3 * 64 + 2 * 32
+    assert max(most) <= 2
+
+
+@pytest.mark.parametrize("call", ["forward", "sample_features", "clean_features"])
+@pytest.mark.parametrize(
+    ("pixels", "error"),
+    [
+        (torch.full((1, 3, 16, 16), float("nan")), ValueError),
+        (torch.zeros(1, 1, 16, 16), ValueError),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError),
+    ],
+)
+def test_bad_pixels_are_refused_at_every_door(call, pixels, error):
+    options = {"num_samples": 2} if call == "sample_features" else {}
+    with pytest.raises(error, match="`pixel_values` must"):
+        getattr(smoothed_tower(), call)(pixels, **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [("sigma", -0.5), ("sigma", float("nan")), ("num_samples", 0)])
+def test_a_setting_spoilt_later_never_serves_the_raw_tower(name, value):
+    tower = smoothed_tower()
+    tower.config.__dict__[name] = value
+    for call in (lambda: tower(images()), lambda: tower.sample_features(images(), tower.config.num_samples)):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            call()
+
+
+def test_a_stream_keeps_the_setting_it_was_made_under():
+    tower = smoothed_tower(sigma=0.1)
+    with tower.smoothing(sigma=0.9):
+        stream = tower.sample_features(images(), 4, generator=0)
+        expected = torch.cat(list(tower.sample_features(images(), 4, generator=0)), 1)
+    assert torch.equal(torch.cat(list(stream), 1), expected)
+
+
+def test_the_feature_follows_the_configuration():
+    tower = smoothed_tower(sigma=0, num_samples=1, feature_layer=-2)
+    tower(images())
+    tower.config.feature_layer = 1
+    states = vision_model()(images(), output_hidden_states=True).hidden_states
+    assert torch.equal(tower(images()).hidden_states[1], states[1])
+
+
+def test_layers_out_of_range_and_missing_tokens_are_named():
+    with pytest.raises(ValueError, match="asks for layer 8"):
+        smoothed_tower(feature_layer=3)(images(), output_hidden_states=8)
+    with pytest.raises(ValueError, match="`first_token` must be below the number of tokens, 17, got 99"):
+        smoothed_tower(feature_layer=3, first_token=99)(images())
+
+
+def test_a_copy_uses_its_own_weights():
+    tower = smoothed_tower(psm=psm_model(), feature_layer=-2)
+    tower(images())
+    tower.compile(backend="eager")
+    twin = copy.deepcopy(tower)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not torch.equal(
+        tower(images(), generator=0).hidden_states[-2], twin(images(), generator=0).hidden_states[-2]
+    )
+
+
+@pytest.mark.parametrize("purifier", ["none", "unet", "diffusion"])
+def test_constants_are_not_made_anew_in_every_pass(purifier, monkeypatch):
+    """Making a tensor from Python numbers copies from the host, and on a GPU waits for it: per call, not per pass."""
+    psm = psm_model(purifier=purifier)
+    tower, made = smoothed_tower(psm=psm, feature_layer=-2), []
+    original = torch.Tensor.new_tensor
+    monkeypatch.setattr(
+        torch.Tensor, "new_tensor", lambda *args, **kwargs: made.append(1) or original(*args, **kwargs)
+    )
+    counts = []
+    for limit in (2, 8):
+        made.clear()
+        with tower.smoothing(num_samples=8, max_batch_size=limit):
+            tower(images(1))
+        counts.append(len(made))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["vit", "registers"])
+def test_other_auto_models_are_wrapped_too(name):
+    shape = {k: v for k, v in SHAPE.items() if k != "intermediate_size"}
+    model = {
+        "vit": lambda: ViTModel(ViTConfig(**SHAPE)),
+        "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, mlp_ratio=2)),
+    }[name]().eval()
+    expected = model(images(), output_hidden_states=True)
+    tower = SmoothedVisionTower.from_components(
+        model, None, sigma=0, num_samples=1, feature_layer=-2, image_mean=MEAN, image_std=STD
+    )
+    assert torch.equal(tower(images()).hidden_states[-2], expected.hidden_states[-2])
 
 
 def test_a_fresh_psm_is_almost_the_identity_on_features():
@@ -376,3 +483,34 @@ def test_the_configuration_knows_the_wrapped_shapes():
     config = smoothed_tower().config
     assert isinstance(config, SmoothedVisionTowerConfig)
     assert (config.hidden_size, config.patch_size, config.num_hidden_layers) == (WIDTH, 4, LAYERS)
+
+
+def test_a_size_the_wrapped_tower_refuses_is_refused():
+    with pytest.raises(ValueError, match=r"20\*20.*16\*16|\(20.*16"):
+        smoothed_tower(psm=psm_model())(images(size=20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("purifier", ["none", "unet", "diffusion"])
+def test_passes_do_not_wait_for_the_gpu(purifier):
+    tower = smoothed_tower(psm=psm_model(purifier=purifier), feature_layer=-2).cuda()
+    pixels = images(1).cuda()
+    options = {"output_hidden_states": [3]}
+    passes = tower._passes(tower._model(whole=False), pixels, options, 0, [0], 0.1, range(8), 2)
+    next(passes)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(passes)) == 3
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_gpu_agrees_with_the_cpu():
+    tower = smoothed_tower(psm=psm_model(), sigma=0, num_samples=1)
+    expected = tower(images()).last_hidden_state
+    torch.testing.assert_close(tower.cuda()(images().cuda()).last_hidden_state.cpu(), expected, rtol=1e-3, atol=1e-4)
+    tower.config.sigma, tower.config.num_samples = 0.2, 4
+    whole = tower(images(3).cuda(), generator=1, image_ids=[5, 6, 7]).last_hidden_state
+    alone = tower(images(3)[1:2].cuda(), generator=1, image_ids=[6]).last_hidden_state
+    torch.testing.assert_close(alone, whole[1:2], rtol=1e-3, atol=1e-4)

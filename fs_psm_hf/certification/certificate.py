@@ -54,7 +54,8 @@ class Certificate:
         deployed ([`Deployed`] or `None`): bounds for the mean of the served number of draws.
         anchor (`str` or `None`): `"clean"`, `"smoothed"` or `"given"`.
         null_cosine (`float` or `None`): mean cosine of unrelated images: what "no information" looks like.
-        model, dtype, image_size, feature, feature_layer, aggregation, image_id: what was certified.
+        model, psm, dtype, attention, image_size, feature, feature_layer, first_token, aggregation, image_id: what was
+            certified.
         seed (`int` or `None`): seed of the noise.
     """
 
@@ -75,10 +76,13 @@ class Certificate:
     anchor: str | None = None
     null_cosine: float | None = None
     model: str | None = None
+    psm: str | None = None
     dtype: str | None = None
+    attention: str | None = None
     image_size: tuple[int, int] | None = None
     feature: str | None = None
     feature_layer: int | tuple[int, ...] | None = None
+    first_token: int = 0
     aggregation: str | None = None
     image_id: int | None = None
     seed: int | None = None

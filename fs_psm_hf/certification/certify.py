@@ -1,6 +1,7 @@
 """Certificates for images through a smoothed tower: draw, score as the draws come, bound."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def score_images(
         raise ValueError(f"`tower.config.sigma` must be > 0 to certify, got {config.sigma}")
     if config.aggregation != "unit":
         raise ValueError(f"`tower.config.aggregation` must be 'unit' to certify, got {config.aggregation!r}")
-    if getattr(tower, "training", False):
+    if any(module.training for module in tower.modules()):
         raise ValueError("`tower` must be in evaluation mode, got training mode: call `tower.eval()`")
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be >= 1, got {num_samples}")
@@ -124,14 +125,22 @@ def score_images(
     # One seed for the call, and one image at a time: the noise of an image does not depend on its neighbours.
     seed = resolve_seed(generator)
     image_ids = resolve_image_ids(image_ids, len(pixel_values))
+    if pixel_values.dtype not in (torch.float32, torch.float64):
+        # In half precision two neighbouring images are rounded to grids as coarse as a certified radius.
+        raise ValueError(
+            f"`pixel_values` must be float32 to certify, also for a tower in {tower.dtype}, got {pixel_values.dtype}"
+        )
     layer = config.feature_layer
     record = {
         "anchor": kind,
-        "model": getattr(config, "name_or_path", "") or type(tower).__name__,
+        "model": model_name(tower),
+        "psm": psm_name(tower),
         "dtype": str(tower.dtype).removeprefix("torch."),
         "image_size": tuple(pixel_values.shape[-2:]),
         "feature": feature,
         "feature_layer": tuple(layer) if isinstance(layer, list) else layer,
+        "first_token": config.first_token,
+        "attention": getattr(config.vision_config, "_attn_implementation", None),
         "aggregation": config.aggregation,
         "seed": seed,
     }
@@ -151,6 +160,30 @@ def score_images(
                 score_samples(tower, image, vector, num_samples=num_samples, progress=bar, **stream),
                 record | {"image_id": image_id},
             )
+
+
+def _last_part(name):
+    """The last part of a folder's path; a Hub id as it is."""
+    return Path(name).name if Path(name).is_absolute() or str(name).startswith(".") else str(name)
+
+
+def model_name(tower):
+    """Where the wrapped tower came from, or its class where that is not known."""
+    for config in (tower.config.vision_config, tower.config):
+        if getattr(config, "name_or_path", ""):
+            return _last_part(config.name_or_path)
+    return type(tower.vision_tower).__name__
+
+
+def psm_name(tower):
+    """Where the purifier and the mapper came from, or what they are."""
+    config = tower.config.psm_config
+    if getattr(config, "name_or_path", ""):
+        return _last_part(config.name_or_path)
+    parts = [f"{config.purifier} purifier"] * (config.purifier != "none") + ["mapper"] * (
+        config.mapper_config is not None
+    )
+    return " and ".join(parts) or "none"
 
 
 def certify_features(
@@ -204,7 +237,7 @@ def certify_features(
     """
     options = {"epsilons": epsilons, "alpha": alpha, "method": method, "level": level, "beta": beta}
     options |= {"sigma": tower.config.sigma}
-    if method != "plugin":
+    if method != "plugin" and tower.serves(feature):
         options["deployed_samples"] = tower.config.num_samples
     if tower.config.sigma > 0:
         certify_scores([0.5, 0.5], **options)  # a wrong option is refused before the draws, not after an hour of them

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from ..configuration_fs_psm import check_smoothing
 from ..noise import resolve_seed
 from .certificate import Certificate, certify_scores
-from .certify import score_images
+from .certify import model_name, psm_name, score_images
 
 
 def image_name(path):
@@ -31,9 +32,10 @@ def read_image(path, processor):
     """
     try:
         with Image.open(path) as image:
-            return processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"].float()
+            picture = image.convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise OSError(f"{path} is not a readable image: {error}") from error
+    return processor(images=picture, return_tensors="pt")["pixel_values"].float()
 
 
 class ResultsFile:
@@ -114,11 +116,12 @@ class ResultsFile:
 def versions():
     """Versions of what computes, and the commit of this package where it runs from a checkout."""
     found = {name: metadata.version(name) for name in ("torch", "transformers", "diffusers", "numpy", "scipy")}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError):
-        answer = subprocess.run(git, capture_output=True, text=True)
-        if answer.returncode == 0:
-            found["fs_psm_hf_commit"] = answer.stdout.strip()
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        with contextlib.suppress(OSError):
+            answer = subprocess.run(git, capture_output=True, text=True)
+            found |= {"fs_psm_hf_commit": answer.stdout.strip()} if answer.returncode == 0 else {}
     return found
 
 
@@ -129,6 +132,11 @@ def _save_array(path, array):
     with open(temporary, "wb") as stream:
         np.save(stream, array)
     os.replace(temporary, path)
+
+
+def _finite(value):
+    """A number for JSON, which knows no infinity."""
+    return float(value) if np.isfinite(value) else "inf"
 
 
 def summarize(certificates):
@@ -144,7 +152,7 @@ def summarize(certificates):
             "epsilons": list(group[0].epsilons),
             "mean_robustness_score": float(np.mean([c.robustness_score for c in group])),
             "mean_inner_product_bounds": np.mean([c.inner_product_bounds for c in group], 0).tolist(),
-            "mean_radius": float(np.mean([c.radius for c in group])),
+            "mean_radius": _finite(np.mean([c.radius for c in group])),
             "abstained": sum(c.abstained for c in group),
         }
         for method, group in groups.items()
@@ -177,13 +185,17 @@ def certify_folder(
     """
     if not files:
         raise ValueError(f"`images` {root} holds no image")
+    check_smoothing(tower.config.sigma, num_samples)
     options = {"sigma": tower.config.sigma, "epsilons": epsilons, "alpha": alpha, "level": level}
     for method in methods:
         certify_scores([0.5, 0.5], method=method, **options)  # a bad option is refused before hours of draws
     asked = {
         **settings, "sigma": tower.config.sigma, "num_samples": num_samples, "served_samples": tower.config.num_samples,
         "alpha": alpha, "epsilons": list(epsilons), "level": level, "methods": list(methods), "anchor": anchor,
-        "feature": feature, "feature_layer": tower.config.feature_layer, "seed": seed,
+        "feature": feature, "feature_layer": tower.config.feature_layer, "first_token": tower.config.first_token,
+        "aggregation": tower.config.aggregation, "model": model_name(tower), "psm": psm_name(tower),
+        "dtype": str(tower.dtype).removeprefix("torch."), "device": tower.device.type,
+        "max_batch_size": tower.config.max_batch_size, "seed": seed,
     }  # fmt: skip
     if seed is None and not (resume and Path(output).exists()):
         asked["seed"] = resolve_seed(None)
@@ -217,7 +229,8 @@ def certify_folder(
                     _save_array(Path(save_scores) / f"{record['image_id']}.npy", scores)
                 found = []
                 for method in methods:
-                    served = {} if method == "plugin" else {"deployed_samples": tower.config.num_samples}
+                    deployed = method != "plugin" and tower.serves(feature)
+                    served = {"deployed_samples": tower.config.num_samples} if deployed else {}
                     certificate = certify_scores(scores, method=method, **options, **served)
                     found.append(dataclasses.replace(certificate, null_cosine=null_cosine, **record))
                 results.append({"kind": "image", "file": name, "certificates": [c.to_dict() for c in found]})
@@ -226,5 +239,5 @@ def certify_folder(
     certificates = results.certificates()
     if certificates:
         summary = {"kind": "summary", "null_cosine": null_cosine, "rows": summarize(certificates)}
-        results.append(summary | {"versions": versions(), "device": str(tower.device)})
+        results.append(summary | {"versions": versions()})
     return certificates, unreadable

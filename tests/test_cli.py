@@ -1,0 +1,210 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import MEAN, SIZE, STD, llava, psm_model, smoothed_tower, vision_model
+from transformers import CLIPImageProcessorPil
+
+from fs_psm_hf import Certificate, certify_scores
+from fs_psm_hf.certification.folder import ResultsFile, image_name
+from fs_psm_hf.cli import main
+
+
+@pytest.fixture
+def processor():
+    size = {"height": SIZE, "width": SIZE}
+    return CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size, image_mean=MEAN, image_std=STD)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    for i, name in enumerate(["a.png", "b.jpg", "sub/c.png"]):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / name)
+    return images
+
+
+@pytest.fixture
+def tower(tmp_path, processor):
+    smoothed_tower(sigma=0.25, num_samples=2).save_pretrained(tmp_path / "tower")
+    processor.save_pretrained(tmp_path / "tower")
+    return tmp_path / "tower"
+
+
+def run(monkeypatch, *arguments):
+    """Exit code of `fs-psm` with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["fs-psm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_certify_writes_certificates_and_a_table(monkeypatch, capsys, tmp_path, tower, folder):
+    output = tmp_path / "out.jsonl"
+    options = [
+        "--num-samples",
+        300,
+        "--epsilon",
+        0.1,
+        "--epsilon",
+        0.2,
+        "--seed",
+        4,
+        "--save-scores",
+        tmp_path / "scores",
+    ]
+    assert run(monkeypatch, "certify", "--tower", tower, "--images", folder, "--output", output, *options) == 0
+    printed = capsys.readouterr().out
+    assert "not a certificate" in printed
+    assert "null level" in printed
+    header, *images, summary = lines(output)
+    assert (header["kind"], header["sigma"], header["seed"], header["epsilons"]) == ("header", 0.25, 4, [0.1, 0.2])
+    assert [line["file"] for line in images] == ["a.png", "b.jpg", "sub/c.png"]
+    assert [row["method"] for row in summary["rows"]] == ["cdf", "plugin"]
+    # The certificates are those of the saved scores.
+    for line in images:
+        scores = np.load(tmp_path / "scores" / f"{image_name(line['file'])}.npy")
+        assert scores.shape == (300,)
+        for entry in line["certificates"]:
+            certificate = Certificate.from_dict(entry)
+            again = certify_scores(scores, sigma=0.25, epsilons=(0.1, 0.2), method=certificate.method)
+            assert certificate.inner_product_bounds == again.inner_product_bounds
+            assert certificate.radius == again.radius
+    radii = [entry["radius"] for line in images for entry in line["certificates"] if entry["method"] == "plugin"]
+    assert summary["rows"][1]["mean_radius"] == pytest.approx(np.mean(radii))
+
+
+def test_an_unreadable_file_is_reported_and_the_rest_goes_on(monkeypatch, capsys, tmp_path, tower, folder):
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:300])
+    output = tmp_path / "out.jsonl"
+    command = ["certify", "--tower", tower, "--images", folder, "--output", output, "--num-samples", 150]
+    assert run(monkeypatch, *command) == 1
+    assert "not certified: broken.png" in capsys.readouterr().err
+    kinds = [line["kind"] for line in lines(output)]
+    assert kinds.count("image") == 3
+    assert kinds.count("error") == 2
+    # Mended, the same command with --resume finishes and succeeds.
+    Image.new("RGB", (20, 20)).save(folder / "broken.png")
+    (folder / "cut.png").unlink()
+    assert run(monkeypatch, *command, "--resume") == 0
+    assert [line["kind"] for line in lines(output)] == ["header", *["image"] * 4, "summary"]
+
+
+def test_a_killed_run_resumes_to_the_same_result(monkeypatch, tmp_path, tower, folder):
+    options = ["--num-samples", "3000", "--seed", "4", "--max-batch-size", "10"]
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert run(monkeypatch, "certify", "--tower", tower, "--images", folder, "--output", whole, *options) == 0
+    command = ["certify", "--tower", str(tower), "--images", str(folder), "--output", str(killed), *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from fs_psm_hf.cli import main; main()", *command],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while (not killed.exists() or len(killed.read_text().splitlines()) < 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = len(lines(killed)) - 1
+    assert 1 <= finished
+    with open(killed, "a") as stream:
+        stream.write('{"kind": "image", "fi')  # a kill in the middle of a line
+    assert run(monkeypatch, *command, "--resume") == 0
+    assert lines(killed) == lines(whole)
+
+
+@pytest.mark.parametrize("kind", ["llava", "clip", "plain"])
+def test_other_models_are_smoothed_on_the_way_in(kind, monkeypatch, tmp_path, folder, processor):
+    model = llava() if kind == "llava" else vision_model("projection" if kind == "clip" else "dinov2")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    psm_model(mapper=False).save_pretrained(tmp_path / "psm")
+    output = tmp_path / "out.jsonl"
+    options = ["--psm", tmp_path / "psm", "--sigma", 0.1, "--num-samples", 150, "--limit", 1]
+    assert (
+        run(monkeypatch, "certify", "--tower", tmp_path / "model", "--images", folder, "--output", output, *options)
+        == 0
+    )
+    (certificate, _) = lines(output)[1]["certificates"]
+    assert certificate["feature_layer"] == (-2 if kind == "llava" else None)
+
+
+def test_rows_of_the_metadata_choose_the_images(monkeypatch, tmp_path, tower, folder):
+    (folder / "metadata.csv").write_text("file_name,split\na.png,x\nb.jpg,y\nsub/c.png,x\n")
+    output = tmp_path / "out.jsonl"
+    command = ["certify", "--tower", tower, "--images", folder, "--num-samples", 150, "--output", output]
+    assert run(monkeypatch, *command, "--where", "split=x") == 0
+    assert [line["file"] for line in lines(output) if line["kind"] == "image"] == ["a.png", "sub/c.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sigma", "-1"], "`sigma` must be a finite number >= 0"),
+        (["--alpha", "2"], "`alpha`"),
+        (["--epsilon", "-0.5"], "`epsilon"),
+        (["--feature", "x"], "`feature` must be one of tokens, pooled, cls"),
+        (["--anchor", "x"], "`anchor`"),
+        (["--limit", "0"], "`--limit` must be >= 1"),
+        (["--where", "split=x"], "`--where` must be COLUMN=VALUE"),
+        (["--images", "nowhere"], "`--images` must be a folder, got nowhere"),
+        (["--tower", "nowhere/nothing"], "`--tower` must be a model folder or a Hub id, got nowhere/nothing"),
+        (["--psm", "TOWER"], "does not fit PSMModel"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, monkeypatch, capsys, tmp_path, tower, folder):
+    output = tmp_path / "out.jsonl"
+    given = {"--tower": str(tower), "--images": str(folder), "--output": str(output), "--num-samples": "150"}
+    given |= dict(zip(arguments[::2], [a.replace("TOWER", str(tower)) for a in arguments[1::2]], strict=True))
+    capsys.readouterr()
+    assert run(monkeypatch, "certify", *(word for pair in given.items() for word in pair)) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith("fs-psm: ")
+    assert words in complaint
+    assert not output.exists() or len(lines(output)) == 1
+
+
+def test_other_settings_are_refused_on_resume(monkeypatch, capsys, tmp_path, tower, folder):
+    output = tmp_path / "out.jsonl"
+    command = ["certify", "--tower", tower, "--images", folder, "--output", output, "--num-samples", 150, "--limit", 1]
+    assert run(monkeypatch, *command) == 0
+    before = output.read_text()
+    assert run(monkeypatch, *command) == 2
+    assert "exists: use --resume" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--resume", "--sigma", "0.5") == 2
+    assert "made with sigma=0.25, not 0.5" in capsys.readouterr().err
+    assert output.read_text() == before
+
+
+def test_a_results_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"kind": "image"}\n')
+    with pytest.raises(ValueError, match="was not written by this command"):
+        ResultsFile(tmp_path / "x.jsonl", {}, resume=True)
+    (tmp_path / "y.jsonl").write_text('{"kind": "header"}\nnonsense\n{"kind": "image"}\n')
+    with pytest.raises(ValueError, match="damaged before its last line"):
+        ResultsFile(tmp_path / "y.jsonl", {}, resume=True)
+
+
+@pytest.mark.parametrize("command", [[], ["certify"], ["demo"], ["env"]])
+def test_help(command, monkeypatch, capsys):
+    assert run(monkeypatch, *command, "--help") == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_env_prints_versions(monkeypatch, capsys):
+    assert run(monkeypatch, "env") == 0
+    assert "transformers: 5." in capsys.readouterr().out
