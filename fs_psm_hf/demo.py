@@ -15,7 +15,7 @@ from .certification import Certificate, certify_scores, null_level, score_images
 from .hosts import attach
 from .modeling_psm import PSMModel
 from .noise import gaussian_noise, resolve_seed
-from .pixels import to_unit
+from .pixels import channel_tensor, to_unit
 from .plots import new_figure, plot_rows
 
 
@@ -192,7 +192,8 @@ def stages(tower, pixel_values, seed):
         `list[np.ndarray]`: three of shape `(height, width, 3)`, [0, 1] pixels, the last two not clipped.
     """
     config = tower.config
-    clean = to_unit(pixel_values.float(), config.image_mean, config.image_std)
+    pixels = pixel_values.float()
+    clean = to_unit(pixels, channel_tensor(config.image_mean, pixels), channel_tensor(config.image_std, pixels))
     noise = gaussian_noise(clean.shape[1:], seed, list(range(len(clean))), 0, 1, clean.device)
     noisy = clean + config.sigma * noise
     for views in zip(clean, noisy, tower.psm(noisy, config.sigma), strict=True):

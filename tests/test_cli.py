@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import MEAN, SIZE, STD, llava, psm_model, smoothed_tower, vision_model
+from safetensors.torch import load_file, save_file
+from tiny_models import MEAN, SIZE, STD, images, llava, psm_model, smoothed_tower, vision_model
 from transformers import CLIPImageProcessorPil
 
-from fs_psm_hf import Certificate, certify_scores
+from fs_psm_hf import Certificate, attach, certify_scores
 from fs_psm_hf.certification.folder import ResultsFile, image_name
-from fs_psm_hf.cli import main
+from fs_psm_hf.cli import _load_tower, main
 
 
 @pytest.fixture
@@ -25,12 +26,12 @@ def processor():
 
 @pytest.fixture
 def folder(tmp_path):
-    images = tmp_path / "images"
-    (images / "sub").mkdir(parents=True)
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
     for i, name in enumerate(["a.png", "b.jpg", "sub/c.png"]):
         pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / name)
-    return images
+        Image.fromarray(pixels).save(root / name)
+    return root
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_killed_run_resumes_to_the_same_result(monkeypatch, tmp_path, tower, f
     assert run(monkeypatch, "certify", "--tower", tower, "--images", folder, "--output", whole, *options) == 0
     command = ["certify", "--tower", str(tower), "--images", str(folder), "--output", str(killed), *options]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from fs_psm_hf.cli import main; main()", *command],
+        [sys.executable, "-c", "from fs_psm_hf.cli import _load_tower, main; main()", *command],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stderr=subprocess.DEVNULL,
     )
@@ -141,6 +142,36 @@ def test_other_models_are_smoothed_on_the_way_in(kind, monkeypatch, tmp_path, fo
     )
     (certificate, _) = lines(output)[1]["certificates"]
     assert certificate["feature_layer"] == (-2 if kind == "llava" else None)
+    if kind == "clip":  # the embedding after the projection, 24 wide, not the 32 before it
+        tower, _ = _load_tower(str(tmp_path / "model"), None, None, None, None)
+        assert tower.clean_features(images(1), "pooled").shape == (1, 24)
+
+
+def test_settings_reach_a_smoothed_host_too(tmp_path, processor):
+    host = llava()
+    attach(host, sigma=0.1, num_samples=2, processor=processor)
+    host.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    tower, _ = _load_tower(str(tmp_path), None, None, 0.5, 16)
+    assert (tower.config.sigma, tower.config.num_samples) == (0.5, 16)
+    tower, _ = _load_tower(str(tmp_path), None, None, None, None)
+    assert (tower.config.sigma, tower.config.num_samples) == (0.1, 2)
+    psm_model(mapper=False).save_pretrained(tmp_path / "psm")
+    with pytest.raises(ValueError, match="`--psm` must not be given"):
+        _load_tower(str(tmp_path), str(tmp_path / "psm"), None, None, None)
+
+
+def test_a_host_with_lost_weights_is_refused(tmp_path, processor):
+    host = llava()
+    attach(host, psm_model(), sigma=0.1, num_samples=2, processor=processor)
+    host.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in state if key.endswith("mapper.blocks.0.scale"))
+    del state[lost]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 missing keys, such as .*mapper.blocks.0.scale"):
+        _load_tower(str(tmp_path), None, None, None, None)
 
 
 def test_rows_of_the_metadata_choose_the_images(monkeypatch, tmp_path, tower, folder):
@@ -162,6 +193,8 @@ def test_rows_of_the_metadata_choose_the_images(monkeypatch, tmp_path, tower, fo
         (["--limit", "0"], "`--limit` must be >= 1"),
         (["--where", "split=x"], "`--where` must be COLUMN=VALUE"),
         (["--images", "nowhere"], "`--images` must be a folder, got nowhere"),
+        (["--device", "tpu9"], "`--device` must be one torch can use here, got tpu9"),
+        (["--num-samples", "0"], "`num_samples` must be an integer >= 1, got 0"),
         (["--tower", "nowhere/nothing"], "`--tower` must be a model folder or a Hub id, got nowhere/nothing"),
         (["--psm", "TOWER"], "does not fit PSMModel"),
     ],

@@ -171,7 +171,7 @@ def test_the_psm_is_frozen_and_follows_the_tower():
     [
         ({}, "`image_mean` is missing"),
         (STATISTICS | {"sigma": -1.0}, "`sigma`"),
-        (STATISTICS | {"feature_layer": 9}, "`feature_layer`"),
+        (STATISTICS | {"num_samples": 0}, "`num_samples`"),
         (STATISTICS | {"psm": 64}, "must be 32, the width"),
     ],
 )
@@ -199,13 +199,71 @@ def test_unsupported_hosts_are_named():
         attach(host, **STATISTICS)
 
 
-def test_device_map_places_the_whole_host(tmp_path):
+def test_device_map_with_offloaded_parts(tmp_path):
+    """accelerate's hooks sit on the modules, the truncated view of the tower included."""
+    host = llava()
+    attach(host, psm_model(), sigma=0.2, num_samples=3, **STATISTICS)
+    expected = logits(host)
+    host.save_pretrained(tmp_path / "saved")
+    places = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "cpu"}
+    loaded = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path / "offload"
+    )
+    torch.testing.assert_close(logits(loaded), expected)
+    detach(loaded)
+    with pytest.raises(ValueError, match="got one that is offloaded"):
+        attach(loaded, psm_model(), **STATISTICS)
+
+
+def test_an_attention_kernel_can_be_chosen(tmp_path):
     host = llava()
     attach(host, psm_model(), sigma=0.2, num_samples=3, **STATISTICS)
     expected = logits(host)
     host.save_pretrained(tmp_path)
-    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"}, dtype=torch.float32)
-    torch.testing.assert_close(logits(loaded), expected)
+    for kernel in ("sdpa", "eager"):
+        loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=kernel)
+        assert loaded.model.vision_tower.vision_tower.config._attn_implementation == kernel
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-4)
+
+
+class Blur(torch.nn.Module):
+    """A purifier of a user's, with weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def denoise(self, images, sigma):
+        return self.net(images)
+
+
+def test_an_own_purifier_keeps_its_dtype_in_a_half_precision_host():
+    host = llava().to(torch.bfloat16)
+    purifier = Blur()
+    attach(host, purifier, **STATISTICS)
+    assert purifier.net.weight.dtype == torch.float32
+    assert host(**llava_inputs()).logits.isfinite().all()
+
+
+def test_a_host_saved_with_an_own_purifier_does_not_reload_without_it(tmp_path):
+    host = llava()
+    attach(host, Blur(), **STATISTICS)
+    host.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`purifier` was a module of yours"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_the_mode_of_the_tower_is_restored():
+    host = llava().train()
+    tower = attach(host, **STATISTICS)
+    assert not tower.training
+    assert detach(host).training
+
+
+def test_only_the_layer_the_host_reads_is_taken():
+    with pytest.raises(ValueError, match="`feature_layer` must be the one the host reads, -2, got -1"):
+        attach(llava(), feature_layer=-1, **STATISTICS)
+    assert attach(llava(), feature_layer=-2, **STATISTICS).config.feature_layer == -2
 
 
 def test_loading_says_nothing_alarming(tmp_path, caplog):

@@ -90,6 +90,10 @@ def test_missing_and_extra_weights_are_errors(tmp_path):
     edit_weights(tmp_path, lambda state: state.update({"mapper.other": torch.zeros(1)}))
     with pytest.raises(ValueError, match="1 unexpected keys, such as 'mapper.other'"):
         PSMModel.from_pretrained(tmp_path)
+    psm_model().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda state: state.update({"mapper.blocks.0.scale": torch.zeros(5)}))
+    with pytest.raises(ValueError, match="1 mismatched keys, such as 'mapper.blocks.0.scale'"):
+        PSMModel.from_pretrained(tmp_path)
 
 
 def test_a_truncated_file_is_named(tmp_path):
