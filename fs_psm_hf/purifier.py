@@ -278,8 +278,8 @@ class DiffusionPurifier(UNetPurifier):
         timestep = noise_level_to_timestep(sigma, self.noise_levels)
         if isinstance(sigma, torch.Tensor):
             timestep = timestep.to(images.device).expand(len(images))
-        else:  # filled in on the device: a copy would make the host wait in every pass
-            timestep = torch.full(images.shape[:1], timestep.item(), device=images.device)
+        else:  # added as a number: a copy to the device would make the host wait in every pass
+            timestep = torch.zeros(images.shape[:1], device=images.device) + timestep
         levels = levels[:, None, None, None]
         noise = self._run_unet((2 * images - 1) / (1 + 4 * levels**2).sqrt(), timestep)
         return (images - levels * noise).to(dtype)

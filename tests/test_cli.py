@@ -223,6 +223,19 @@ def test_other_settings_are_refused_on_resume(monkeypatch, capsys, tmp_path, tow
     assert output.read_text() == before
 
 
+def test_a_run_without_a_seed_goes_on_with_the_one_it_drew(monkeypatch, tmp_path, tower, folder):
+    output = tmp_path / "out.jsonl"
+    command = ["certify", "--tower", tower, "--images", folder, "--output", output, "--num-samples", 150]
+    assert run(monkeypatch, *command) == 0
+    whole = lines(output)
+    output.write_text("".join(json.dumps(line) + "\n" for line in whole[:2]))
+    assert run(monkeypatch, *command, "--resume") == 0
+    assert lines(output) == whole
+    output.write_text('{"kind": "hea')  # killed before the first line was whole
+    assert run(monkeypatch, *command, "--resume") == 0
+    assert lines(output)[0]["seed"] not in (None, whole[0]["seed"])
+
+
 def test_a_results_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"kind": "image"}\n')
     with pytest.raises(ValueError, match="was not written by this command"):

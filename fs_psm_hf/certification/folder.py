@@ -47,19 +47,20 @@ class ResultsFile:
         path (`Path`): the file.
         settings (`dict`): what was asked; JSON-safe.
         resume (`bool`): go on with an existing file.
+        adopt (`tuple[str, ...]`): settings that an existing file decides.
 
     Raises:
         ValueError: the file exists and `resume` is not set, it holds no header, or it was made with other settings.
     """
 
-    def __init__(self, path, settings, resume=False):
+    def __init__(self, path, settings, resume=False, adopt=()):
         self.path = Path(path)
         self.settings = json.loads(json.dumps(settings))
         self.lines = []
         if self.path.exists():
             if not resume:
                 raise ValueError(f"`output` {path} exists: use --resume to go on with it, or give another file")
-            self._read()
+            self._read(adopt)
         if not self.lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lines = [{"kind": "header", **self.settings}]
@@ -68,7 +69,7 @@ class ResultsFile:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         os.replace(temporary, self.path)
 
-    def _read(self):
+    def _read(self, adopt):
         complete = self.path.read_text().rpartition("\n")[0]
         try:
             lines = [json.loads(line) for line in complete.splitlines()]
@@ -79,8 +80,7 @@ class ResultsFile:
         if lines[0].get("kind") != "header":
             raise ValueError(f"`output` {self.path} was not written by this command")
         header = {name: value for name, value in lines[0].items() if name != "kind"}
-        if self.settings.get("seed") is None:
-            self.settings["seed"] = header.get("seed")
+        self.settings |= {name: header.get(name) for name in adopt}
         for name in sorted(header.keys() | self.settings.keys()):
             if header.get(name) != self.settings.get(name):
                 raise ValueError(
@@ -195,11 +195,9 @@ def certify_folder(
         "feature": feature, "feature_layer": tower.config.feature_layer, "first_token": tower.config.first_token,
         "aggregation": tower.config.aggregation, "model": model_name(tower), "psm": psm_name(tower),
         "dtype": str(tower.dtype).removeprefix("torch."), "device": tower.device.type,
-        "max_batch_size": tower.config.max_batch_size, "seed": seed,
+        "max_batch_size": tower.config.max_batch_size, "seed": resolve_seed(seed),
     }  # fmt: skip
-    if seed is None and not (resume and Path(output).exists()):
-        asked["seed"] = resolve_seed(None)
-    results = ResultsFile(output, asked, resume)
+    results = ResultsFile(output, asked, resume, adopt=("seed",) if seed is None else ())
     seed = results.settings["seed"]
 
     unreadable, total, count = [], 0, 0
