@@ -45,10 +45,11 @@ def _load_tower(name, psm_name, processor_name, sigma, num_samples):
     """A smoothed tower and its image processor from whatever `name` holds: tower, host, CLIP or vision model."""
     import transformers
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers.utils import logging
 
     from . import PSMModel, SmoothedVisionTower, SmoothedVisionTowerConfig, attach
     from .hosts import HOSTS
-    from .loading import check_loaded
+    from .loading import load_strictly
 
     try:
         config = AutoConfig.from_pretrained(name)
@@ -61,9 +62,13 @@ def _load_tower(name, psm_name, processor_name, sigma, num_samples):
     psm = None if psm_name is None else PSMModel.from_pretrained(psm_name)
 
     def load(model_class, leftover=()):
-        model, info = model_class.from_pretrained(name, output_loading_info=True)
-        check_loaded(name, model_class, info, leftover)
-        return model
+        # What is left over is judged there, in a sentence; transformers' own report would be a page.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            return load_strictly(model_class.from_pretrained, model_class, name, leftover=leftover)[0]
+        finally:
+            logging.set_verbosity(verbosity)
 
     host = None
     if config.model_type == SmoothedVisionTowerConfig.model_type:
@@ -119,6 +124,7 @@ def certify(
     from transformers.utils import logging
 
     from .certification import format_table
+    from .certification.certify import short_name
     from .certification.folder import certify_folder
     from .configuration_fs_psm import check_smoothing
 
@@ -135,9 +141,17 @@ def certify(
     model, image_processor = _load_tower(tower, psm, processor, sigma, served_samples)
     model = model.to(device)
     model.config.max_batch_size = max_batch_size or model.config.max_batch_size
-    settings = {"tower": Path(tower).name, "images": Path(images).resolve().name}
+    settings = {"tower": short_name(tower), "images": images.resolve().name, "where": where, "limit": limit}
+    command = f"fs-psm certify --tower {short_name(tower)} --images {settings['images']} --output {output.name}"
+    for name, value in (
+        ("psm", psm and short_name(psm)), ("sigma", sigma), ("num-samples", num_samples),
+        ("served-samples", served_samples), ("alpha", alpha), *(("epsilon", value) for value in epsilon),
+        ("level", level), ("anchor", anchor), ("feature", feature), ("where", where), ("limit", limit),
+        ("max-batch-size", max_batch_size), ("seed", seed),
+    ):  # fmt: skip
+        command += "" if value is None else f" --{name} {value}"
     certificates, unreadable = certify_folder(
-        model, image_processor, images, files, output, settings=settings | {"where": where, "limit": limit},
+        model, image_processor, images, files, output, settings=settings, command=command,
         methods=["cdf", "plugin"], epsilons=tuple(epsilon), alpha=alpha, level=level, num_samples=num_samples,
         anchor=anchor, feature=feature, seed=seed, resume=resume, save_scores=save_scores,
     )  # fmt: skip

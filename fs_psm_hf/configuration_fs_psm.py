@@ -87,9 +87,12 @@ class PSMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name, allowed in (("purifier", PURIFIERS), ("mapper_feature", MAPPER_FEATURES)):
-            if getattr(self, name) not in (*allowed, OWN_PURIFIER if name == "purifier" else None):
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.purifier not in (*PURIFIERS, OWN_PURIFIER):
+            raise ValueError(f"`purifier` must be one of {', '.join(PURIFIERS)}, got {self.purifier!r}")
+        if self.mapper_feature not in MAPPER_FEATURES:
+            raise ValueError(
+                f"`mapper_feature` must be one of {', '.join(MAPPER_FEATURES)}, got {self.mapper_feature!r}"
+            )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from .configuration_fs_psm import OWN_PURIFIER
 from .modeling_fs_psm import SmoothedVisionTower
 
 
@@ -78,10 +77,6 @@ def attach(
         raise ValueError(
             "`host` must have a plain vision tower, got one that is smoothed already: `detach(host)` first"
         )
-    if tower.device.type == "meta":
-        raise ValueError(
-            "`host` must have its vision tower in memory, got one that is offloaded: `attach`, save and reload"
-        )
     own_layer = getattr(host.config, kind.layer_field)
     if feature_layer is not None and feature_layer != own_layer:
         raise ValueError(f"`feature_layer` must be the one the host reads, {own_layer}, got {feature_layer}")
@@ -99,13 +94,12 @@ def attach(
         max_batch_size=max_batch_size,
         aggregation=aggregation,
     )
-    own_purifier = smoothed.config.psm_config.purifier == OWN_PURIFIER
-    smoothed.psm.to(device=tower.device, dtype=None if own_purifier else tower.dtype).requires_grad_(False)
+    smoothed.psm.requires_grad_(False)
     holder.vision_tower = smoothed
     for config in configs:
         config.vision_config = smoothed.config
-    # Renamings remembered from an older checkpoint would be applied to the new tower's keys when the host is saved.
     smoothed._tower_training = training
+    # Renamings remembered from an older checkpoint would be applied to the new tower's keys when the host is saved.
     smoothed._host_conversions = host.__dict__.pop("_weight_conversions", None)
     return smoothed
 

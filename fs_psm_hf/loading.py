@@ -1,22 +1,36 @@
 """Loading that refuses what does not fit."""
 
+from safetensors import SafetensorError
 
-def check_loaded(name, cls, info, allowed=()):
-    """Raise `ValueError` where the `output_loading_info` of a checkpoint tells of weights that do not fit.
+
+def load_strictly(loader, cls, name, *args, leftover=(), **kwargs):
+    """Load a checkpoint with `loader`, a `from_pretrained` of transformers, and refuse one that does not fit.
 
     Args:
-        name (`str`), cls (`type`): what was loaded, and as what.
-        info (`dict`): transformers' loading info.
-        allowed (`tuple[str, ...]`): beginnings of keys that may be left over.
+        loader (`Callable`): the `from_pretrained`.
+        cls (`type`), name (`str`): the class for the message, and what to load.
+        leftover (`tuple[str, ...]`): beginnings of keys that may be left over.
+
+    Returns:
+        `tuple[PreTrainedModel, dict]`: the model and transformers' loading info.
+
+    Raises:
+        ValueError: weights are missing, left over or of another shape, or a weight file is damaged.
     """
+    try:
+        # Mismatched sizes are refused below, with the names.
+        model, info = loader(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"`{name}` holds a damaged safetensors file: {error}; download it again") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(key if isinstance(key, str) else key[0] for key in info.get(kind) or ())
-        keys = [key for key in keys if kind != "unexpected_keys" or not key.startswith(tuple(allowed))]
+        keys = [key for key in keys if kind != "unexpected_keys" or not key.startswith(tuple(leftover))]
         if keys:
             raise ValueError(
                 f"`{name}` does not fit {cls.__name__}: {len(keys)} {kind.replace('_', ' ')}, such as {keys[0]!r}; the "
                 "checkpoint and its config.json must belong together"
             )
+    return model, info
 
 
 class StrictLoading:
@@ -29,22 +43,5 @@ class StrictLoading:
         Raises:
             ValueError: weights are missing, left over or of another shape, or a weight file is damaged.
         """
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with the names
-                **kwargs,
-            )
-        except (OSError, ValueError, TypeError):
-            raise
-        except Exception as error:
-            # safetensors' own error type is private to it and does not name the file.
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ValueError(
-                f"`{pretrained_model_name_or_path}` holds a damaged safetensors file: {error}; download it again"
-            ) from error
-        check_loaded(pretrained_model_name_or_path, cls, info)
+        model, info = load_strictly(super().from_pretrained, cls, pretrained_model_name_or_path, *model_args, **kwargs)
         return (model, info) if output_loading_info else model

@@ -1,6 +1,7 @@
 """`SmoothedVisionTower`: purifier, vision tower, mapper and Gaussian average as one model that a host runs."""
 
 import contextlib
+import functools
 
 import torch
 import transformers
@@ -79,6 +80,8 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
     ):
         """Assemble a tower from a vision model and a PSM; no weight is copied.
 
+        The PSM is moved to the vision model's device and dtype, a purifier of yours to its device only.
+
         Args:
             vision_tower (`PreTrainedModel`): a CLIP-like vision model, called with `pixel_values`.
             psm ([`PSMModel`], `torch.nn.Module` or `None`): purifier and mapper; or a purifier of yours with
@@ -105,6 +108,10 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             )
         if image_mean is None and image_std is None and processor is not None:
             image_mean, image_std = read_statistics(processor)
+        if vision_tower.device.type == "meta":
+            raise ValueError(
+                "`vision_tower` must be in memory, got one that is offloaded: smooth it, save it and reload"
+            )
         check_statistics(image_mean, image_std)
         check_smoothing(sigma, num_samples, max_batch_size)
         check_feature(feature_layer, first_token, aggregation)
@@ -127,9 +134,10 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             tower = cls(config)
         tower.vision_tower = vision_tower
         if isinstance(psm, PSMModel):
-            tower.psm = psm
+            # One dtype, which is what a saved tower can remember.
+            tower.psm = psm.to(device=vision_tower.device, dtype=vision_tower.dtype)
         elif own_purifier:
-            tower.psm.purifier = psm
+            tower.psm.purifier = psm.to(vision_tower.device)
             # A configuration that says so, so that no copy of this model, in a host or not, reloads without it.
             tower.config.psm_config = tower.psm.config = PSMConfig(purifier=OWN_PURIFIER)
         tower.config.dtype = vision_tower.dtype
@@ -154,7 +162,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
 
     def __getstate__(self):
         # What was made from this object's parts would not be made from the copy's.
-        return self.__dict__ | {"_compiled_pass": None, "_short": None}
+        return super().__getstate__() | {"_compiled_pass": None, "_short": None}
 
     # Settings ---------------------------------------------------------------------------------------------------------
 
@@ -247,7 +255,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
     def _statistics(self, images):
         return channel_tensor(self.config.image_mean, images), channel_tensor(self.config.image_std, images)
 
-    def _passes(self, model, pixel_values, options, seed, image_ids, sigma, samples, limit):
+    def _passes(self, model, selection, pixel_values, options, seed, image_ids, sigma, samples, limit):
         """Run every pass of a call.
 
         Args:
@@ -262,7 +270,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         statistics = self._statistics(images)
         if self.psm.purifier is not None:
             images = to_unit(images, *statistics)
-        network, selection = self._compiled_pass or self._network, self._selection
+        network = self._compiled_pass or self._network
         for chosen, numbers in plan_passes(batch_size, len(samples), limit, samples.start):
             count, noise = len(numbers), None
             if sigma > 0:
@@ -321,7 +329,9 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         selection, unit = self._selection, self.config.aggregation == "unit"
         model, limit = self._model(whole=not selection.restricted), self._limit(pixel_values)
         running, template = {}, None
-        for images, output in self._passes(model, pixel_values, options, seed, ids, sigma, range(num_samples), limit):
+        for images, output in self._passes(
+            model, selection, pixel_values, options, seed, ids, sigma, range(num_samples), limit
+        ):
             template = output
             for place, tensors in selection.collect(output).items():
                 if place not in running:
@@ -377,22 +387,22 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         check_smoothing(self.config.sigma, num_samples, self.config.max_batch_size)
         self._selection.check(feature)
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
-        draws = range(start, start + num_samples)
-        return self._stream(
-            pixel_values, draws, feature, seed, ids, self.config.sigma, self._limit(pixel_values), self._selection
-        )
+        draws, limit = range(start, start + num_samples), self._limit(pixel_values)
+        options, whole = self._selection.options(feature)
+        unit_vector = functools.partial(self._selection.unit_vector, feature=feature)
+        passes = functools.partial(self._passes, self._model(whole), self._selection, options=options, seed=seed)
+        passes = functools.partial(passes, sigma=self.config.sigma, limit=limit)
+        return self._stream(passes, unit_vector, pixel_values, ids, draws, limit)
 
+    @staticmethod
     @torch.no_grad()
-    def _stream(self, pixel_values, draws, feature, seed, image_ids, sigma, limit, selection):
-        options, whole = selection.options(feature)
-        model = self._model(whole)
+    def _stream(passes, unit_vector, pixel_values, image_ids, draws, limit):
         for first in draws[::limit]:
             samples = range(first, min(first + limit, draws.stop))
             rows = []
             for i, image_id in enumerate(image_ids):
-                passes = self._passes(model, pixel_values[i : i + 1], options, seed, [image_id], sigma, samples, limit)
-                ((_, output),) = passes
-                rows.append(selection.unit_vector(output, feature))
+                ((_, output),) = passes(pixel_values=pixel_values[i : i + 1], image_ids=[image_id], samples=samples)
+                rows.append(unit_vector(output))
             yield torch.stack(rows)
 
     @torch.no_grad()

@@ -23,6 +23,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 
+from .configuration_fs_psm import PURIFIERS
+
 
 # The 256x256 unconditional guided-diffusion network (Dhariwal & Nichol 2021), 552,814,086 parameters. Six channels
 # come out: the noise and a learned variance. Without `attn_norm_num_groups` the middle attention silently lacks its
@@ -71,8 +73,6 @@ LIGHT_UNET_SMALL = {
     "attn_norm_num_groups": 8,
     "norm_num_groups": 8,
 }
-
-PURIFIER_KINDS = ("none", "diffusion", "unet")
 
 
 def expand_sigma(sigma: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -296,8 +296,8 @@ def build_purifier(kind: str, unet_config: dict | None = None) -> UNetPurifier |
     Raises:
         ValueError: for another kind.
     """
-    if kind not in PURIFIER_KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(PURIFIER_KINDS)}, got {kind!r}.")
+    if kind not in PURIFIERS:
+        raise ValueError(f"`kind` must be one of {', '.join(PURIFIERS)}, got {kind!r}.")
     if kind == "none":
         return None
     purifier_class, default = {

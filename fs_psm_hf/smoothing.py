@@ -79,6 +79,10 @@ class RunningFeature:
             images (`slice`): the images of the pass.
             tensors (`list[torch.Tensor]`): each of shape `(len(images) * samples, …)`, samples folded after images.
         """
+        if any(tensor.ndim == 3 and tensor.shape[1] <= self.first_token for tensor in tensors):
+            raise ValueError(
+                f"`first_token` must be below the number of tokens, {tensors[0].shape[1]}, got {self.first_token}"
+            )
         if self.num_samples == 1:
             # One draw is its own mean: kept as it is, to the bit.
             self.single = self.single or [[] for _ in tensors]
@@ -86,19 +90,13 @@ class RunningFeature:
                 kept.append(tensor)
             return
         count = images.stop - images.start
-        if any(tensor.ndim == 3 and tensor.shape[1] <= self.first_token for tensor in tensors):
-            raise ValueError(
-                f"`first_token` must be below the number of tokens, {tensors[0].shape[1]}, got {self.first_token}"
-            )
         if self.sums is None:
             self.sums = [t.new_zeros((self.num_images, *t.shape[1:]), dtype=torch.float32) for t in tensors]
             self.lengths = tensors[0].new_zeros(self.num_images, dtype=torch.float32)
-        lengths = (
-            vector_norm(tensors, self.first_token) if self.unit else tensors[0].new_ones(len(tensors[0]))
-        )  # (b*m,)
         if self.unit:
+            lengths = vector_norm(tensors, self.first_token)  # (b*m,)
             self.lengths[images] += lengths.view(count, -1).sum(1)
-        weights = 1 / lengths.float().clamp_min(torch.finfo(torch.float32).tiny)
+            weights = 1 / lengths.clamp_min(torch.finfo(torch.float32).tiny)
         for total, tensor in zip(self.sums, tensors, strict=True):
             draws = _scaled(tensor, weights) if self.unit else tensor.float()
             total[images] += draws.view(count, -1, *tensor.shape[1:]).sum(1)  # (b, …)

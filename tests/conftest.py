@@ -2,10 +2,16 @@ import logging
 import os
 
 import pytest
+import torch
 
 
 # Read when huggingface_hub is imported, hence before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_any_order():
+    torch.manual_seed(0)
 
 
 class FailOnDeprecation(logging.Handler):

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import pytest
@@ -37,11 +38,19 @@ def test_the_language_model_reads_the_smoothed_patches():
     tower = attach(host, psm_model(), sigma=0.2, num_samples=3, **STATISTICS)
     assert (tower.config.feature_layer, tower.config.first_token) == (-2, 1)
     assert host.model.vision_tower is tower
-    features = host.model.get_image_features(images(1)).pooler_output[0]
-    assert features.shape == (16, 24)
-    generator = torch.Generator().manual_seed(0)
-    states = tower(images(1), output_hidden_states=-2, generator=generator).hidden_states[-2][:, 1:]
-    assert not torch.equal(host.model.multi_modal_projector(states)[0], features)  # other noise
+    states = tower(images(1), generator=5).hidden_states[-2][:, 1:]
+    with fixed_noise(tower):
+        features = host.model.get_image_features(images(1)).pooler_output[0]
+    torch.testing.assert_close(features, host.model.multi_modal_projector(states)[0])
+
+
+def test_pixel_gradients_pass_through_the_host():
+    host = llava()
+    attach(host, psm_model(), sigma=0.2, num_samples=3, **STATISTICS)
+    inputs = llava_inputs()
+    pixels = inputs.pop("pixel_values").requires_grad_()
+    host(pixel_values=pixels, **inputs).logits.square().sum().backward()
+    assert pixels.grad.abs().min() > 0
 
 
 def test_several_layers_as_in_vipllava():
@@ -86,16 +95,21 @@ def saved_and_loaded(host, folder):
     return loaded
 
 
-def logits(host):
-    """Logits with fixed noise, through the host's own code."""
-    tower = host.model.vision_tower
+@contextlib.contextmanager
+def fixed_noise(tower):
+    """The host calls its tower without a seed; here the tower gets one."""
     forward = tower.forward
     tower.forward = lambda *args, **kwargs: forward(*args, **(kwargs | {"generator": 5}))
     try:
-        with torch.no_grad():
-            return host(**llava_inputs(2)).logits
+        yield
     finally:
-        del tower.forward
+        tower.__dict__.pop("forward")
+
+
+def logits(host):
+    """Logits with fixed noise, through the host's own code."""
+    with torch.no_grad(), fixed_noise(host.model.vision_tower):
+        return host(**llava_inputs(2)).logits
 
 
 @pytest.mark.parametrize("layout", ["plain", "real"])
@@ -266,8 +280,14 @@ def test_only_the_layer_the_host_reads_is_taken():
     assert attach(llava(), feature_layer=-2, **STATISTICS).config.feature_layer == -2
 
 
-def test_loading_says_nothing_alarming(tmp_path, caplog):
+@pytest.fixture
+def propagated():
     logging.enable_propagation()
+    yield
+    logging.disable_propagation()
+
+
+def test_loading_says_nothing_alarming(tmp_path, caplog, propagated):
     host = llava()
     attach(host, psm_model(), **STATISTICS)
     host.save_pretrained(tmp_path)

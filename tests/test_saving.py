@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import images, psm_model, smoothed_tower, vision_model
+from tiny_models import MEAN, STD, images, psm_model, smoothed_tower, vision_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -63,6 +63,18 @@ def test_dtype_is_honoured(tmp_path):
     assert output(tower).last_hidden_state.dtype == torch.bfloat16
     tower.save_pretrained(tmp_path / "half")
     assert AutoModel.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tower_dtype", [torch.float32, torch.bfloat16])
+def test_a_psm_of_another_dtype_follows_the_tower_and_reloads_exactly(tower_dtype, tmp_path):
+    other = torch.bfloat16 if tower_dtype == torch.float32 else torch.float32
+    tower = SmoothedVisionTower.from_components(
+        vision_model().to(tower_dtype), psm_model().to(other), sigma=0.2, image_mean=MEAN, image_std=STD
+    )
+    assert {p.dtype for p in tower.parameters()} == {tower_dtype}
+    tower.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(output(again).last_hidden_state, output(tower).last_hidden_state)
 
 
 def test_own_purifiers_cannot_be_saved(tmp_path):

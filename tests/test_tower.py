@@ -298,17 +298,26 @@ def test_compiled_passes_agree_with_eager_ones():
     torch.testing.assert_close(tower(images(), generator=0).hidden_states[-2], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_activation_checkpointing_keeps_the_gradient():
-    tower = smoothed_tower(psm=psm_model(), num_samples=2, feature_layer=-2).train()
+def test_activation_checkpointing_recomputes_and_keeps_the_gradient():
+    tower, calls = smoothed_tower(psm=psm_model(), num_samples=2, feature_layer=-2).train(), []
+    parts = {
+        "unet": tower.psm.purifier.unet.down_blocks[0].resnets[0].conv1,
+        "vision": tower.vision_tower.encoder.layers[0].mlp,
+    }
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
 
     def gradient():
+        calls.clear()
         pixels = images(1).requires_grad_()
         tower(pixels, generator=0).hidden_states[-2].square().sum().backward()
         return pixels.grad
 
     expected = gradient()
+    assert sorted(calls) == ["unet", "vision"]
     tower.activation_checkpointing_enable()
     torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-6)
+    assert sorted(calls) == ["unet", "unet", "vision", "vision"]
 
 
 @pytest.mark.parametrize(
@@ -408,6 +417,7 @@ def test_a_stream_keeps_the_setting_it_was_made_under():
     with tower.smoothing(sigma=0.9):
         stream = tower.sample_features(images(), 4, generator=0)
         expected = torch.cat(list(tower.sample_features(images(), 4, generator=0)), 1)
+    tower.config.feature_layer = 1
     assert torch.equal(torch.cat(list(stream), 1), expected)
 
 
@@ -422,8 +432,9 @@ def test_the_feature_follows_the_configuration():
 def test_layers_out_of_range_and_missing_tokens_are_named():
     with pytest.raises(ValueError, match="asks for layer 8"):
         smoothed_tower(feature_layer=3)(images(), output_hidden_states=8)
-    with pytest.raises(ValueError, match="`first_token` must be below the number of tokens, 17, got 99"):
-        smoothed_tower(feature_layer=3, first_token=99)(images())
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="`first_token` must be below the number of tokens, 17, got 99"):
+            smoothed_tower(feature_layer=3, first_token=99, num_samples=count)(images())
 
 
 def test_a_copy_uses_its_own_weights():
@@ -472,6 +483,7 @@ def test_other_auto_models_are_wrapped_too(name):
 
 
 def test_a_fresh_psm_is_almost_the_identity_on_features():
+    torch.manual_seed(0)
     psm = PSMModel(PSMConfig(mapper_config={"hidden_size": WIDTH, "num_heads": 4}))
     plain, mapped = smoothed_tower(num_samples=2), smoothed_tower(psm=psm, num_samples=2)
     first, second = (tower(images(), generator=0).last_hidden_state for tower in (plain, mapped))

@@ -64,9 +64,8 @@ def main():
             rows.append(row)
             print(json.dumps(row))
     if args.json is not None:
-        settings = {key: str(value) for key, value in vars(args).items()} | {
-            "images_read": min(len(paths), args.limit)
-        }
+        settings = {"images": args.images and args.images.resolve().name, "images_read": min(len(paths), args.limit)}
+        settings["unet_size"] = args.unet_size
         args.json.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=2))
 
 

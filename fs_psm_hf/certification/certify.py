@@ -162,8 +162,8 @@ def score_images(
             )
 
 
-def _last_part(name):
-    """The last part of a folder's path; a Hub id as it is."""
+def short_name(name):
+    """The last part of a folder's path, so that no result tells of a machine; a Hub id as it is."""
     return Path(name).name if Path(name).is_absolute() or str(name).startswith(".") else str(name)
 
 
@@ -171,7 +171,7 @@ def model_name(tower):
     """Where the wrapped tower came from, or its class where that is not known."""
     for config in (tower.config.vision_config, tower.config):
         if getattr(config, "name_or_path", ""):
-            return _last_part(config.name_or_path)
+            return short_name(config.name_or_path)
     return type(tower.vision_tower).__name__
 
 
@@ -179,7 +179,7 @@ def psm_name(tower):
     """Where the purifier and the mapper came from, or what they are."""
     config = tower.config.psm_config
     if getattr(config, "name_or_path", ""):
-        return _last_part(config.name_or_path)
+        return short_name(config.name_or_path)
     parts = [f"{config.purifier} purifier"] * (config.purifier != "none") + ["mapper"] * (
         config.mapper_config is not None
     )

@@ -77,7 +77,7 @@ class ResultsFile:
             raise ValueError(f"`output` {self.path} is damaged before its last line: {error}") from error
         if not lines:
             return
-        if lines[0].get("kind") != "header":
+        if not all(isinstance(line, dict) and "kind" in line for line in lines) or lines[0]["kind"] != "header":
             raise ValueError(f"`output` {self.path} was not written by this command")
         header = {name: value for name, value in lines[0].items() if name != "kind"}
         self.settings |= {name: header.get(name) for name in adopt}
@@ -161,7 +161,7 @@ def summarize(certificates):
 
 def certify_folder(
     tower, processor, root, files, output, *, settings, methods, epsilons, alpha, level, num_samples, anchor, feature,
-    seed=None, resume=False, progress=True, save_scores=None,
+    seed=None, resume=False, progress=True, save_scores=None, command=None,
 ):  # fmt: skip
     """Certify images one by one, each method from the same draws, writing each as soon as it is done.
 
@@ -174,6 +174,7 @@ def certify_folder(
         methods (`list[str]`): such as `["cdf", "plugin"]`.
         seed (`int`, *optional*): of the noise; the operating system's where not given, and recorded.
         save_scores (`Path`, *optional*): folder for the scores themselves, `<image id>.npy` of shape `(num_samples,)`.
+        command (`str`, *optional*): what was typed, for the summary.
 
     The other arguments are those of [`certify_features`].
 
@@ -230,12 +231,13 @@ def certify_folder(
                     deployed = method != "plugin" and tower.serves(feature)
                     served = {"deployed_samples": tower.config.num_samples} if deployed else {}
                     certificate = certify_scores(scores, method=method, **options, **served)
-                    found.append(dataclasses.replace(certificate, null_cosine=null_cosine, **record))
+                    found.append(dataclasses.replace(certificate, **record))
                 results.append({"kind": "image", "file": name, "certificates": [c.to_dict() for c in found]})
             bar.update()
             bar.set_postfix_str(f"radius {found[0].radius:.3f}")
     certificates = results.certificates()
     if certificates:
         summary = {"kind": "summary", "null_cosine": null_cosine, "rows": summarize(certificates)}
-        results.append(summary | {"versions": versions()})
-    return certificates, unreadable
+        results.append(summary | {"command": command, "versions": versions()})
+    # The null level belongs to the whole set, which grows when an unreadable file is mended.
+    return [dataclasses.replace(c, null_cosine=null_cosine) for c in certificates], unreadable
