@@ -1,7 +1,6 @@
 """`SmoothedVisionTower`: purifier, vision tower, mapper and Gaussian average as one model that a host runs."""
 
 import contextlib
-import functools
 
 import torch
 import transformers
@@ -387,22 +386,21 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         check_smoothing(self.config.sigma, num_samples, self.config.max_batch_size)
         self._selection.check(feature)
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
-        draws, limit = range(start, start + num_samples), self._limit(pixel_values)
-        options, whole = self._selection.options(feature)
-        unit_vector = functools.partial(self._selection.unit_vector, feature=feature)
-        passes = functools.partial(self._passes, self._model(whole), self._selection, options=options, seed=seed)
-        passes = functools.partial(passes, sigma=self.config.sigma, limit=limit)
-        return self._stream(passes, unit_vector, pixel_values, ids, draws, limit)
+        selection = self._selection
+        options, whole = selection.options(feature)
+        setting = {"model": self._model(whole), "selection": selection, "options": options, "seed": seed}
+        setting |= {"sigma": self.config.sigma, "limit": self._limit(pixel_values)}
+        return self._stream(pixel_values, ids, range(start, start + num_samples), feature, setting)
 
-    @staticmethod
     @torch.no_grad()
-    def _stream(passes, unit_vector, pixel_values, image_ids, draws, limit):
-        for first in draws[::limit]:
-            samples = range(first, min(first + limit, draws.stop))
+    def _stream(self, pixel_values, image_ids, draws, feature, setting):
+        for first in draws[:: setting["limit"]]:
+            samples = range(first, min(first + setting["limit"], draws.stop))
             rows = []
             for i, image_id in enumerate(image_ids):
-                ((_, output),) = passes(pixel_values=pixel_values[i : i + 1], image_ids=[image_id], samples=samples)
-                rows.append(unit_vector(output))
+                image = pixel_values[i : i + 1]
+                ((_, output),) = self._passes(pixel_values=image, image_ids=[image_id], samples=samples, **setting)
+                rows.append(setting["selection"].unit_vector(output, feature))
             yield torch.stack(rows)
 
     @torch.no_grad()
