@@ -3,10 +3,9 @@
 import contextlib
 
 import torch
-import transformers
-from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .components import architecture_name, build_vision_model, check_vision_model, is_own_purifier
 from .configuration_fs_psm import (
     OWN_PURIFIER,
     PSMConfig,
@@ -38,21 +37,14 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = NO_SPLIT_MODULES
 
     def __init__(self, config):
         super().__init__(config)
         check_statistics(config.image_mean, config.image_std)
-        if config.vision_architecture is None:
-            self.vision_tower = AutoModel.from_config(config.vision_config)
-        else:
-            vision_class = getattr(transformers, config.vision_architecture, None)
-            if not isinstance(vision_class, type) or not issubclass(vision_class, PreTrainedModel):
-                raise ValueError(
-                    f"`vision_architecture` must be a model class of transformers, got {config.vision_architecture!r}"
-                )
-            self.vision_tower = vision_class._from_config(config.vision_config)
+        self.vision_tower = build_vision_model(config)
         self.psm = PSMModel._from_config(config.psm_config)
         self._last_selection = FeatureSelection.of(config)
         self._compiled_pass = None
@@ -95,29 +87,17 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             ValueError: a setting out of range, a layer that does not exist, a mapper of another width, or no
                 normalisation given.
         """
-        if not isinstance(vision_tower, PreTrainedModel):
-            raise TypeError(
-                f"`vision_tower` must be a transformers PreTrainedModel, got {type(vision_tower).__name__}"
-            )
-        own_purifier = psm is not None and not isinstance(psm, PSMModel)
-        if own_purifier and not (isinstance(psm, nn.Module) and callable(getattr(psm, "denoise", None))):
-            raise TypeError(
-                "`psm` must be a PSMModel, None or a torch.nn.Module with `denoise(images_01, sigma)`, "
-                f"got {type(psm).__name__}"
-            )
+        check_vision_model(vision_tower)
+        own_purifier = is_own_purifier(psm)
         if image_mean is None and image_std is None and processor is not None:
             image_mean, image_std = read_statistics(processor)
-        if vision_tower.device.type == "meta":
-            raise ValueError(
-                "`vision_tower` must be in memory, got one that is offloaded: smooth it, save it and reload"
-            )
         check_statistics(image_mean, image_std)
         check_smoothing(sigma, num_samples, max_batch_size)
         check_feature(feature_layer, first_token, aggregation)
-        auto_class = AutoModel._model_mapping.get(type(vision_tower.config), None)
+        kernel = vision_tower.config._attn_implementation
         config = SmoothedVisionTowerConfig(
             vision_config=vision_tower.config,
-            vision_architecture=None if auto_class is type(vision_tower) else type(vision_tower).__name__,
+            vision_architecture=architecture_name(vision_tower),
             psm_config=PSMConfig() if psm is None or own_purifier else psm.config,
             sigma=sigma,
             num_samples=num_samples,
@@ -127,10 +107,15 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             image_std=list(image_std),
             max_batch_size=max_batch_size,
             aggregation=aggregation,
+            attn_implementation=kernel,
         )
         # The skeleton is made on the meta device and given the ready parts, so that nothing is initialised twice.
-        with torch.device("meta"):
-            tower = cls(config)
+        try:
+            with torch.device("meta"):
+                tower = cls(config)
+        finally:
+            # transformers settles the attention kernel of a new model in all configurations below it.
+            vision_tower.config._attn_implementation = kernel
         tower.vision_tower = vision_tower
         if isinstance(psm, PSMModel):
             # One dtype, which is what a saved tower can remember.

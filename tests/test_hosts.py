@@ -33,6 +33,18 @@ def test_attach_without_noise_changes_no_logit():
     assert torch.equal(host(**llava_inputs(2)).logits, expected)
 
 
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_the_tower_keeps_its_attention_kernel(kernel):
+    host = llava()
+    host.model.vision_tower.set_attn_implementation(kernel)
+    expected = host(**llava_inputs()).logits
+    tower = attach(host, sigma=0, num_samples=1, **STATISTICS)
+    assert tower.vision_tower.config._attn_implementation == kernel
+    assert torch.equal(host(**llava_inputs()).logits, expected)
+    assert detach(host).config._attn_implementation == kernel
+    assert torch.equal(host(**llava_inputs()).logits, expected)
+
+
 def test_the_language_model_reads_the_smoothed_patches():
     host = llava()
     tower = attach(host, psm_model(), sigma=0.2, num_samples=3, **STATISTICS)

@@ -25,7 +25,7 @@ LAYERS = [
         "features",
         "certification.certificate",
     ],
-    ["modeling_psm", "modeling_fs_psm"],
+    ["modeling_psm", "components", "modeling_fs_psm"],
     ["hosts", "conversion", "hub", "certification", ""],
     ["training", "attacks"],
     ["evaluation", "plots", "demo"],

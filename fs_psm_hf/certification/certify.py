@@ -34,11 +34,13 @@ def null_level(features) -> float:
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"`features` must have shape (at least 2, num_features), got {tuple(features.shape)}")
     _check_unit(features, "features")
-    features = features.double()
-    count = len(features)
-    # The sum over all pairs is the squared length of the sum; the pairs of an image with itself come off.
-    pairs = features.sum(0).square().sum() - features.square().sum()
-    return (pairs / (count * (count - 1))).item()
+    return null_level_of_sum(features.double().sum(0), len(features))
+
+
+def null_level_of_sum(total, count) -> float:
+    """[`null_level`] of `count` unit features from their sum alone, `(num_features,)` float64, for sets too large to hold."""
+    # The sum over all pairs is the squared length of the sum; the pairs of an image with itself, 1 each, come off.
+    return ((total.square().sum() - count) / (count * (count - 1))).item()
 
 
 def score_samples(

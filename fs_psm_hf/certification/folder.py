@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..configuration_fs_psm import check_smoothing
 from ..noise import resolve_seed
 from .certificate import Certificate, certify_scores
-from .certify import model_name, psm_name, score_images
+from .certify import model_name, null_level_of_sum, psm_name, score_images
 
 
 def image_name(path):
@@ -212,8 +212,7 @@ def certify_folder(
             continue
         total, count = total + tower.clean_features(pixels.to(tower.device), feature)[0].double(), count + 1
         readable.append(name)
-    # Mean cosine over pairs of different images, from the sum of their unit features alone.
-    null_cosine = float((total.square().sum() - count) / (count * (count - 1))) if count > 1 else None
+    null_cosine = null_level_of_sum(total, count) if count > 1 else None
 
     todo = [name for name in readable if name not in results.done]
     with tqdm(total=len(readable), initial=len(readable) - len(todo), unit="image", disable=not progress) as bar:
