@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import ndtr
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from tiny_models import images as tiny_images
+from tiny_models import psm_model, smoothed_tower
 
-from fs_psm_hf import SmoothedVisionTower
 from fs_psm_hf.certification import certify_features, certify_scores, null_level, score_images, score_samples
 from fs_psm_hf.noise import gaussian_noise, resolve_seed
 
@@ -224,19 +224,7 @@ def test_a_tower_in_training_mode_is_refused():
 
 @pytest.mark.parametrize("feature", ["tokens", "pooled", "cls"])
 def test_a_real_tower_is_certified(feature):
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-    )
-    half = [0.5, 0.5, 0.5]
-    tower = SmoothedVisionTower.from_components(vision, sigma=0.05, num_samples=2, image_mean=half, image_std=half)
-    images = torch.rand((2, 3, 16, 16), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tower, images = smoothed_tower(sigma=0.05, num_samples=2), tiny_images(2)
     options = {"feature": feature, "num_samples": 300, "epsilons": [0.0, 0.01, 0.05], "generator": 2}
     certificates = certify_features(tower, images, **options)
     clean = tower.clean_features(images, feature).double()
@@ -246,9 +234,20 @@ def test_a_real_tower_is_certified(feature):
         assert certificate.robustness_score == pytest.approx((1 + (draws @ clean[i]).mean().item()) / 2, abs=1e-6)
         assert certificate.score_lower_bound < certificate.robustness_score
         assert certificate.radius > 0.01
+        # The host is never given the class token by itself: no certificate speaks of a mean of its draws.
+        assert (certificate.deployed is None) == (feature == "cls")
     assert certify_features(tower, images[1:], image_ids=[1], **options)[0] == certificates[1]
     with (
         tower.smoothing(sigma=0.0, num_samples=1),
         pytest.raises(ValueError, match="`tower.config.sigma` must be > 0"),
     ):
         certify_features(tower, images, **options)
+
+
+def test_half_precision_pixels_and_hidden_training_modes_are_refused():
+    tower = smoothed_tower(psm=psm_model(), sigma=0.05)
+    with pytest.raises(ValueError, match="`pixel_values` must be float32 to certify, .* got torch.bfloat16"):
+        certify_features(tower, tiny_images(1).bfloat16(), num_samples=300)
+    tower.psm.train()
+    with pytest.raises(ValueError, match="`tower` must be in evaluation mode"):
+        certify_features(tower, tiny_images(1), num_samples=300)
