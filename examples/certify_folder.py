@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from fs_psm_hf import SmoothedVisionTower, certify_scores
-from fs_psm_hf.certification import format_table, null_level, score_images
+from fs_psm_hf.certification import draw_scores, format_table, null_level
 
 
 def main():
@@ -35,11 +35,11 @@ def main():
     pixels = torch.cat([processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures])
 
     certificates = []
-    stream = score_images(tower, pixels, num_samples=args.num_samples, feature=args.feature, progress=True)
-    for scores, record in stream:  # one stream of draws serves both methods
+    for draws in draw_scores(tower, pixels, feature=args.feature):
+        scores = draws.take(args.num_samples)  # the same draws serve both methods
         for method in ("cdf", "plugin"):
             certificate = certify_scores(scores, sigma=args.sigma, method=method)
-            certificates.append(dataclasses.replace(certificate, **record))
+            certificates.append(dataclasses.replace(certificate, **draws.record))
     null = null_level(tower.clean_features(pixels, args.feature)) if len(pixels) > 1 else None
     print(format_table(certificates, null_cosine=null))
 

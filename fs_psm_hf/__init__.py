@@ -19,6 +19,7 @@ __all__ = [
     "SmoothedVisionTowerConfig",
     "attach",
     "certify_features",
+    "certify_labels",
     "certify_scores",
     "detach",
 ]
@@ -27,5 +28,5 @@ for _config, _model in ((PSMConfig, PSMModel), (SmoothedVisionTowerConfig, Smoot
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
 
-from .certification import Certificate, certify_features, certify_scores  # noqa: E402
+from .certification import Certificate, certify_features, certify_labels, certify_scores  # noqa: E402
 from .hosts import attach, detach  # noqa: E402

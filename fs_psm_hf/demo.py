@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from .certification import Certificate, certify_scores, null_level, score_images
+from .certification import Certificate, certify_scores, draw_scores, null_level
 from .hosts import attach
 from .modeling_psm import PSMModel
 from .noise import gaussian_noise, resolve_seed
@@ -126,12 +127,13 @@ def run(models, output, *, num_samples: int = 1000, alpha: float = 1e-3, generat
     pixel_values = inputs["pixel_values"]
     null_cosine = null_level(tower.clean_features(pixel_values))
     seed = resolve_seed(generator)
-    stream = score_images(tower, pixel_values, num_samples=num_samples, generator=seed, progress=progress)
+    bar = tqdm(total=len(pictures) * num_samples, unit="draw", disable=not progress)
+    stream = draw_scores(tower, pixel_values, generator=seed, progress=bar)
     records, rows = [], []
-    for picture, plain_caption, smoothed_caption, views, (scores, scored) in zip(
+    for picture, plain_caption, smoothed_caption, views, draws in zip(
         pictures, plain, smoothed, stages(tower, pixel_values, seed), stream, strict=True
     ):
-        scored = scored | {"null_cosine": null_cosine}
+        scores, scored = draws.take(num_samples), draws.record | {"null_cosine": null_cosine}
         options = {"sigma": SIGMA, "epsilons": EPSILONS}
         certified = certify_scores(scores, **options, alpha=alpha, deployed_samples=NUM_SAMPLES)
         certificate = dataclasses.replace(certified, **scored)
@@ -140,6 +142,7 @@ def run(models, output, *, num_samples: int = 1000, alpha: float = 1e-3, generat
         said = [textwrap.shorten(text, 45, placeholder=" …") for text in (plain_caption, smoothed_caption)]
         title = f"{picture.name} ({picture.kind})    plain: “{said[0]}”    smoothed: “{said[1]}”"
         rows.append((title, views, [certificate, plugin]))
+    bar.close()
     plot_rows(rows, output, sigma=SIGMA, null_cosine=null_cosine)
     results = json.loads((models / LLAVA / RESULTS).read_text(encoding="utf-8"))
     return DemoResult(records, null_cosine, pixel_values.shape[-1], results, output)

@@ -137,8 +137,10 @@ class FeatureSelection:
                 states[i] = tensor
         return type(template)(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
-    def check(self, feature):
+    def check(self, feature, per_token=False):
         """Raise `ValueError` where `feature` is unknown, not there, or not the one the mapper refines."""
+        if per_token and feature != "tokens":
+            raise ValueError(f"`per_token` needs `feature` 'tokens', got {feature!r}")
         if feature not in FEATURES:
             raise ValueError(f"`feature` must be one of {', '.join(FEATURES)}, got {feature!r}")
         if feature == "cls" and not self.has_class_token:
@@ -155,11 +157,33 @@ class FeatureSelection:
         whole = feature == "pooled" or not self.layers
         return ({} if whole else {"output_hidden_states": list(self.layers)}), whole
 
-    def unit_vector(self, output, feature):
-        """The flattened unit feature g of theory.md that a certificate speaks of, `(rows, F)`, float32."""
+    def vector(self, output, feature):
+        """The feature a certificate speaks of: `(rows, F)` or, for `"tokens"`, `(rows, tokens, width)`, float32."""
         if feature == "pooled":
-            vector = output[pooled_name(output)].float()
-        else:
-            tokens = self.tokens(output).float()
-            vector = tokens[:, 0] if feature == "cls" else tokens[:, self.first_token :].flatten(1)
-        return vector / vector_norm([vector])[:, None]
+            return output[pooled_name(output)].float()
+        tokens = self.tokens(output).float()
+        return tokens[:, 0] if feature == "cls" else tokens[:, self.first_token :]
+
+
+def unit_vector(vector, center=None, per_token=False):
+    """The unit feature g of theory.md, float32: all tokens as one vector, or each token by itself.
+
+    Args:
+        vector (`torch.Tensor` of shape `(rows, F)` or `(rows, tokens, width)`): raw features.
+        center (`torch.Tensor` of shape `(F,)`, *optional*): fixed vector to subtract first, tokens side by side.
+        per_token (`bool`): normalise each token by itself.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, F)`, or `(rows, tokens, width)` with `per_token`.
+
+    Raises:
+        ValueError: `center` has another size.
+    """
+    if center is not None:
+        if center.numel() != vector[0].numel():
+            raise ValueError(f"`center` must have {vector[0].numel()} values, one per feature, got {center.numel()}")
+        vector = vector - center.to(vector).view(vector.shape[1:])
+    if per_token:
+        return vector / vector.square().sum(-1, keepdim=True).sqrt()
+    vector = vector.flatten(1)
+    return vector / vector_norm([vector])[:, None]

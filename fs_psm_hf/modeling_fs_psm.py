@@ -13,7 +13,7 @@ from .configuration_fs_psm import (
     check_feature,
     check_smoothing,
 )
-from .features import FeatureSelection
+from .features import FeatureSelection, unit_vector
 from .loading import StrictLoading
 from .modeling_psm import NO_SPLIT_MODULES, PSMModel
 from .noise import gaussian_noise, resolve_image_ids, resolve_seed
@@ -346,7 +346,17 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
 
     # Called by certification ------------------------------------------------------------------------------------------
 
-    def sample_features(self, pixel_values, num_samples, feature="tokens", generator=None, image_ids=None, start=0):
+    def sample_features(
+        self,
+        pixel_values,
+        num_samples,
+        feature="tokens",
+        generator=None,
+        image_ids=None,
+        start=0,
+        center=None,
+        per_token=False,
+    ):
         """Stream unit features of noisy draws, one pass at a time; no pass is kept.
 
         Passes hold draws of one image only, so an image's features are the same to the bit in whatever batch it comes.
@@ -359,9 +369,12 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
                 final embedding, after any projection.
             generator, image_ids: as in `forward`.
             start (`int`): number of the first draw, to go on where another call stopped.
+            center (`torch.Tensor` of shape `(F,)`, *optional*): fixed vector to subtract before normalising.
+            per_token (`bool`): a unit vector for each token of `"tokens"`, not one for all of them.
 
         Returns:
-            Iterator of `torch.Tensor` of shape `(batch_size, m, F)`, float32: draws `start`, `start + 1`, … m at a time.
+            Iterator of `torch.Tensor` of shape `(batch_size, m, F)`, or `(batch_size, m, tokens, width)` with `per_token`,
+            float32: draws `start`, `start + 1`, … m at a time.
 
         Raises:
             TypeError: `pixel_values` is no floating point tensor.
@@ -369,36 +382,42 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         """
         check_pixel_values(pixel_values)
         check_smoothing(self.config.sigma, num_samples, self.config.max_batch_size)
-        self._selection.check(feature)
+        self._selection.check(feature, per_token)
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
         selection = self._selection
         options, whole = selection.options(feature)
         setting = {"model": self._model(whole), "selection": selection, "options": options, "seed": seed}
         setting |= {"sigma": self.config.sigma, "limit": self._limit(pixel_values)}
-        return self._stream(pixel_values, ids, range(start, start + num_samples), feature, setting)
+        unit = {"center": center, "per_token": per_token}
+        return self._stream(pixel_values, ids, range(start, start + num_samples), feature, unit, setting)
 
     @torch.no_grad()
-    def _stream(self, pixel_values, image_ids, draws, feature, setting):
+    def _stream(self, pixel_values, image_ids, draws, feature, unit, setting):
         for first in draws[:: setting["limit"]]:
             samples = range(first, min(first + setting["limit"], draws.stop))
             rows = []
             for i, image_id in enumerate(image_ids):
                 image = pixel_values[i : i + 1]
                 ((_, output),) = self._passes(pixel_values=image, image_ids=[image_id], samples=samples, **setting)
-                rows.append(setting["selection"].unit_vector(output, feature))
+                rows.append(unit_vector(setting["selection"].vector(output, feature), **unit))
             yield torch.stack(rows)
 
     @torch.no_grad()
-    def clean_features(self, pixel_values, feature="tokens"):
+    def clean_features(self, pixel_values, feature="tokens", center=None, per_token=False, unit=True):
         """Unit features of the wrapped tower alone on the images as they are: the paper's anchor f(x)/‖f(x)‖.
 
+        Args:
+            feature, center, per_token: as in `sample_features`.
+            unit (`bool`): divide by the length; without, the raw features, whose mean over images makes a `center`.
+
         Returns:
-            `torch.Tensor` of shape `(batch_size, F)`, float32.
+            `torch.Tensor` of shape `(batch_size, F)`, or `(batch_size, tokens, width)` with `per_token`, float32.
         """
         check_pixel_values(pixel_values)
-        self._selection.check(feature)
+        self._selection.check(feature, per_token)
         options, whole = self._selection.options(feature)
         images = pixel_values.float()
         selection, statistics = self._selection, self._statistics(images)
         output = self._network(self._model(whole), images, None, 1, 0.0, statistics, selection, options, raw=True)
-        return selection.unit_vector(output, feature)
+        vector = selection.vector(output, feature)
+        return unit_vector(vector, center, per_token) if unit else vector.flatten(1)

@@ -8,11 +8,18 @@ from scipy.special import ndtr
 from tiny_models import images as tiny_images
 from tiny_models import psm_model, smoothed_tower
 
-from fs_psm_hf.certification import certify_features, certify_scores, null_level, score_images, score_samples
+from fs_psm_hf.certification import certify_features, certify_scores, draw_scores, null_level
 from fs_psm_hf.noise import gaussian_noise, resolve_seed
 
 
 SIZE = (3, 4, 4)
+
+
+class Settings(SimpleNamespace):
+    """A configuration with the two things of one that are read."""
+
+    def to_dict(self):
+        return dict(vars(self))
 
 
 class Encoder(torch.nn.Module):
@@ -26,10 +33,11 @@ class Encoder(torch.nn.Module):
         super().__init__()
         self.eval()
         settings = {"num_samples": 4, "feature_layer": [-2], "first_token": 0, "aggregation": "unit"}
-        settings["vision_config"] = SimpleNamespace(name_or_path="", _attn_implementation="none")
-        settings["psm_config"] = SimpleNamespace(name_or_path="", purifier="none", mapper_config=None)
-        settings["name_or_path"] = "analytic"
+        settings["vision_config"] = Settings(name_or_path="", _attn_implementation="none")
+        settings["psm_config"] = Settings(name_or_path="", purifier="none", mapper_config=None)
+        settings |= {"name_or_path": "analytic", "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         self.config = SimpleNamespace(sigma=sigma, **settings | config)
+        self.vision_tower, self.psm = torch.nn.Identity().eval(), SimpleNamespace(purifier=None)
         self.kind, self.rate, self.chunk = kind, rate, chunk
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.direction = torch.full((48,), 48**-0.5)
@@ -47,10 +55,12 @@ class Encoder(torch.nn.Module):
     def serves(self, feature):
         return feature == "tokens"
 
-    def clean_features(self, pixel_values, feature):
+    def clean_features(self, pixel_values, feature, **options):
         return self.features(pixel_values)
 
-    def sample_features(self, pixel_values, num_samples, feature="tokens", generator=None, image_ids=None, start=0):
+    def sample_features(
+        self, pixel_values, num_samples, feature="tokens", generator=None, image_ids=None, start=0, **options
+    ):
         seed = resolve_seed(generator)
         for first in range(start, start + num_samples, self.chunk):
             count = min(self.chunk, start + num_samples - first)
@@ -66,16 +76,18 @@ def image_at(encoder, *coordinates):
     return torch.stack([(encoder.direction * c).view(SIZE) for c in coordinates])
 
 
-def test_half_space_bound_is_met_and_not_exceeded():
+# Scores of 0 and 1 are the worst for the band through the sorted scores: most of its ranks are tied.
+@pytest.mark.parametrize(("method", "loss"), [("cdf", 0.1), ("cdf_pilot", 0.06), ("betting", 0.06), ("best", 0.07)])
+def test_half_space_bound_is_met_and_not_exceeded(method, loss):
     encoder, epsilons = Encoder("half_space"), np.array([0.0, 0.1, 0.2, 0.3, 0.5])
     images = image_at(encoder, 0.3, 0.5)
-    certificates = certify_features(encoder, images, epsilons=epsilons, num_samples=20_000, generator=1)
+    certificates = certify_features(encoder, images, epsilons=epsilons, num_samples=20_000, method=method, generator=1)
     for certificate, distance in zip(certificates, (0.3, 0.5), strict=True):
         truth = 2 * ndtr((distance - epsilons) / 0.25) - 1
         assert np.all(np.array(certificate.inner_product_bounds) <= truth)
-        assert np.all(np.array(certificate.inner_product_bounds) > truth - 0.06)
+        assert np.all(np.array(certificate.inner_product_bounds) > truth - loss)
         true_radius = distance - 0.25 * 0.6744897501960817  # where the score falls to 3/4
-        assert true_radius - 0.02 < certificate.radius <= true_radius
+        assert true_radius - loss / 2.5 < certificate.radius <= true_radius
 
 
 @pytest.mark.parametrize("anchor", ["clean", "smoothed"])
@@ -128,9 +140,12 @@ def test_noise_is_fresh_without_a_generator():
 def test_scores_are_streamed_and_exact():
     encoder = Encoder("rotation", rate=2.0)
     image = image_at(encoder, 0.4)
-    anchor = encoder.clean_features(image, "tokens")[0]
-    scores = score_samples(encoder, image, anchor, num_samples=1000, generator=7, image_id=3, start=20)
-    noise = gaussian_noise(SIZE, 7, [3], 20, 1000, torch.device("cpu"))
+    (draws,) = draw_scores(encoder, image, generator=7, image_ids=[3])
+    first = draws.take(300)
+    scores = draws.take(1000)  # goes on where the first call stopped
+    assert np.array_equal(scores[:300], first)
+    assert np.array_equal(draws.take(20), first[:20])
+    noise = gaussian_noise(SIZE, 7, [3], 0, 1000, torch.device("cpu"))
     turned = 2.0 * 0.25 * encoder.coordinate(noise).double().numpy()
     assert scores.dtype == np.float64
     assert np.allclose(scores, (1 + np.cos(turned)) / 2, atol=1e-6)
@@ -140,13 +155,12 @@ def test_scores_are_streamed_and_exact():
 def test_one_stream_serves_several_methods():
     encoder = Encoder("rotation")
     images = image_at(encoder, 0.1, 0.2)
-    options = {"num_samples": 400, "generator": 5}
-    stream = list(score_images(encoder, images, **options))
-    for method, served in (("plugin", None), ("cdf", 4)):
-        expected = certify_features(encoder, images, method=method, **options)
-        for (scores, record), certificate in zip(stream, expected, strict=True):
-            made = certify_scores(scores, sigma=0.25, method=method, deployed_samples=served)
-            assert dataclasses.replace(made, **record) == certificate
+    stream = list(draw_scores(encoder, images, generator=5))
+    for method, served in (("plugin", None), ("cdf", 4), ("betting", None)):
+        expected = certify_features(encoder, images, method=method, num_samples=400, generator=5)
+        for draws, certificate in zip(stream, expected, strict=True):
+            made = certify_scores(draws.take(400), sigma=0.25, method=method, deployed_samples=served)
+            assert dataclasses.replace(made, **draws.record) == certificate
 
 
 def test_certificate_says_what_was_certified():
@@ -230,7 +244,7 @@ def test_a_real_tower_is_certified(feature):
     clean = tower.clean_features(images, feature).double()
     for i, certificate in enumerate(certificates):
         # The same draws, held all at once and averaged: the estimate is their inner product with the clean feature.
-        draws = torch.cat(list(tower.sample_features(images[[i]], 200, feature, 2, [i], 100)), dim=1)[0].double()
+        draws = torch.cat(list(tower.sample_features(images[[i]], 300, feature, 2, [i])), dim=1)[0].double()
         assert certificate.robustness_score == pytest.approx((1 + (draws @ clean[i]).mean().item()) / 2, abs=1e-6)
         assert certificate.score_lower_bound < certificate.robustness_score
         assert certificate.radius > 0.01

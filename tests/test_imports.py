@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "fs_psm_hf"
 # A module imports from its own layer and from those above it in this list, never from those below, and never in a
 # circle. A sub-package stands for all its modules; "" is fs_psm_hf/__init__.py.
 LAYERS = [
-    ["pixels", "noise", "certification.bounds", "certification.confidence"],
+    ["pixels", "noise", "certification.bounds", "certification.confidence", "certification.bands"],
     [
         "configuration_fs_psm",
         "loading",
@@ -23,10 +23,13 @@ LAYERS = [
         "mapper",
         "smoothing",
         "features",
+        "certification.identity",
+        "certification.certified",
         "certification.certificate",
+        "certification.adaptive",
     ],
     ["modeling_psm", "components", "modeling_fs_psm"],
-    ["hosts", "conversion", "hub", "certification", ""],
+    ["hosts", "conversion", "hub", "certification", "inputs", ""],
     ["training", "attacks"],
     ["evaluation", "plots", "demo"],
     ["cli"],
@@ -126,11 +129,11 @@ def test_no_circle():
     assert set(order) == set(MODULES)
 
 
-@pytest.mark.parametrize("module", ["certification.bounds", "certification.confidence"])
+@pytest.mark.parametrize("module", ["certification.bounds", "certification.confidence", "certification.bands"])
 def test_the_mathematics_needs_numpy_and_scipy_only(module):
     for inside, name, _ in imports_of(module):
         if inside:
-            assert name in {"certification.bounds", "certification.confidence"}
+            assert name in {"certification.bounds", "certification.confidence", "certification.bands"}
         else:
             assert name.partition(".")[0] in {"numpy", "scipy", *sys.stdlib_module_names}
 

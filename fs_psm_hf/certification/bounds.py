@@ -6,12 +6,15 @@ float64. The confidence in the probabilities that go in is the business of `conf
 """
 
 import numpy as np
+from scipy.fft import irfft, next_fast_len, rfft
 from scipy.special import ndtr, ndtri
 
 
 _BISECTIONS = 64  # halves any bracket of Gaussian quantiles (< 100) to below the spacing of float64
-_GRID = 2**18  # cells of the convolution grid, over all draws together
-_FFT_ERROR = 1e-9  # generous: 2**18 summed terms, each wrong by some 1e-15
+_GRID = 2**18  # cells of the convolution grid, over all draws together …
+_FEWEST_CELLS = 2**13 - 1  # … and at least so many per draw: a score is rounded down by at most 1.3e-4
+_MOST_VALUES = 2**23  # of the grid in memory at once
+_FFT_ERROR = 1e-9  # generous: at most 2**23 summed terms, each wrong by some 1e-17
 
 
 def inner_product(score):
@@ -64,6 +67,19 @@ def fcsb(score, epsilon, sigma):
     return inner_product(shift(score, epsilon, sigma))
 
 
+def shift_upper(probability, epsilon, sigma):
+    """Largest probability an event of Gaussian probability `probability` can have: `Φ(Φ⁻¹(p) + ε/σ)`; as `shift`."""
+    return 1.0 - shift(1.0 - _probability(probability, "probability"), epsilon, sigma)
+
+
+def fcsb_upper(score, epsilon, sigma):
+    """Upper counterpart of `fcsb`, by symmetry: `<ĝ(x'), u> <= 2 Φ(Φ⁻¹(Ŝ) + ε/σ) - 1` for `‖x' - x‖₂ <= ε`.
+
+    Holds with the confidence of an upper bound on Ŝ. Arguments as in `fcsb`.
+    """
+    return inner_product(shift_upper(score, epsilon, sigma))
+
+
 def certified_radius(score, sigma, level=0.5):
     """Largest l2 radius at which `fcsb` is still at least `level`; 0 if it never is, `inf` if it always is.
 
@@ -101,6 +117,15 @@ def layer_cake(survival_lower, thresholds, epsilon, sigma):
     widths = np.diff(thresholds, axis=-1, prepend=0.0)
     moved = shift(survival, np.asarray(epsilon, np.float64)[..., None], np.asarray(sigma, np.float64)[..., None])
     return np.minimum((widths * moved).sum(axis=-1), 1.0)
+
+
+def layer_cake_upper(survival_lower, thresholds, epsilon, sigma):
+    """Upper bound on the mean score anywhere in the ball, from lower bounds on the survival function of `1 - s`.
+
+    The score `1 - s` is that of the opposite anchor, so its lower bound mirrors. Arguments as in `layer_cake`, for the
+    sorted or thresholded scores `1 - s`.
+    """
+    return 1.0 - layer_cake(survival_lower, thresholds, epsilon, sigma)
 
 
 def layer_cake_radius(survival_lower, thresholds, sigma, level=0.5):
@@ -165,18 +190,21 @@ def deployed_score(survival_lower, thresholds, epsilon, sigma, num_draws, beta=0
     steps = np.concatenate([np.ones_like(moved[..., :1]), moved, np.zeros_like(moved[..., :1])], axis=-1)
     masses = -np.diff(steps, axis=-1)  # of the values 0, t_1, ..., t_m
 
-    cells = (_GRID - 1) // num_draws  # so that the sum of the draws fits the transform
+    cells = max((_GRID - 1) // num_draws, _FEWEST_CELLS)
     values = np.floor(np.broadcast_to(thresholds, moved.shape) * cells).astype(np.int64)
     values = np.concatenate([np.zeros_like(values[..., :1]), values], axis=-1)
     rows = masses.reshape(-1, masses.shape[-1])
     values = values.reshape(rows.shape)
-    pmf = np.zeros((len(rows), cells + 1))
-    np.add.at(pmf, (np.arange(len(rows))[:, None], values), rows)
-
     length = cells * num_draws + 1
-    cdf = np.fft.irfft(np.fft.rfft(pmf, _GRID) ** num_draws, _GRID)[:, :length].cumsum(axis=-1)
-    # The first sum whose cdf exceeds beta: all smaller sums together have probability at most beta.
-    quantile = (cdf > beta - _FFT_ERROR).argmax(axis=-1)
+    size = next_fast_len(length, real=True)
+    quantile = np.empty(len(rows))
+    for first in range(0, len(rows), max(1, _MOST_VALUES // size)):  # so many rows as fit in memory at once
+        some = slice(first, first + max(1, _MOST_VALUES // size))
+        pmf = np.zeros((len(rows[some]), cells + 1))
+        np.add.at(pmf, (np.arange(len(pmf))[:, None], values[some]), rows[some])
+        cdf = irfft(rfft(pmf, size) ** num_draws, size)[:, :length].cumsum(axis=-1)
+        # The first sum whose cdf exceeds beta: all smaller sums together have probability at most beta.
+        quantile[some] = (cdf > beta - _FFT_ERROR).argmax(axis=-1)
     return (quantile / (cells * num_draws)).reshape(moved.shape[:-1])
 
 

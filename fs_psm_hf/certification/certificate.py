@@ -6,10 +6,14 @@ import math
 import numpy as np
 
 from . import bounds
-from .confidence import pilot_thresholds, survival_band
+from .bands import order_band, pilot_band
+from .certified import Certified, unplain
+from .confidence import MEAN_METHODS, mean_lower
 
 
-METHODS = ("cdf", "plugin")
+METHODS = ("cdf", "cdf_pilot", *MEAN_METHODS, "best", "plugin")
+# Methods that bound the whole distribution of a score, which the mean of a few draws needs too.
+BAND_METHODS = ("cdf", "cdf_pilot", "best")
 _ROUNDING = 1e-6
 
 
@@ -29,7 +33,7 @@ class Deployed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Certificate:
+class Certificate(Certified):
     """What is guaranteed about the direction of the smoothed feature ĝ(x') for every x' near one image x.
 
     With probability at least `1 - alpha` over the sampling noise, for all listed `epsilons` at once and every x' with
@@ -40,7 +44,7 @@ class Certificate:
     Args:
         sigma (`float`): noise standard deviation in [0, 1]-pixel units.
         epsilons (`tuple[float, ...]`): l2 radii in [0, 1]-pixel units.
-        method (`str`): `"cdf"` or `"plugin"`.
+        method (`str`): one of `METHODS`; see `certify_scores`.
         alpha (`float` or `None`): error probability.
         level (`float`): the cosine that `radius` keeps.
         num_samples (`int`): scores counted.
@@ -54,9 +58,12 @@ class Certificate:
         deployed ([`Deployed`] or `None`): bounds for the mean of the served number of draws.
         anchor (`str` or `None`): `"clean"`, `"smoothed"` or `"given"`.
         null_cosine (`float` or `None`): mean cosine of unrelated images: what "no information" looks like.
-        model, psm, dtype, attention, image_size, feature, feature_layer, first_token, aggregation, image_id: what was
-            certified.
-        seed (`int` or `None`): seed of the noise.
+        token (`int` or `None`): the token that this is about, counted from the first the host reads; `None` for all of
+            them as one vector.
+        joint_alpha (`float` or `None`): error probability of the statement that the certificates of all tokens of this
+            image hold together: the sum of theirs (union bound).
+
+    The subject of the certificate is described by the fields of [`Certified`].
     """
 
     sigma: float
@@ -75,17 +82,8 @@ class Certificate:
     deployed: Deployed | None = None
     anchor: str | None = None
     null_cosine: float | None = None
-    model: str | None = None
-    psm: str | None = None
-    dtype: str | None = None
-    attention: str | None = None
-    image_size: tuple[int, int] | None = None
-    feature: str | None = None
-    feature_layer: int | tuple[int, ...] | None = None
-    first_token: int = 0
-    aggregation: str | None = None
-    image_id: int | None = None
-    seed: int | None = None
+    token: int | None = None
+    joint_alpha: float | None = None
 
     @property
     def is_certificate(self) -> bool:
@@ -94,12 +92,7 @@ class Certificate:
 
     def to_dict(self) -> dict:
         """Plain values for JSON, with `is_certificate` beside them. An infinite radius is the string `"inf"`."""
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-        if self.deployed is not None:
-            values["deployed"] = {k: list(v) if isinstance(v, tuple) else v for k, v in values["deployed"].items()}
-        if math.isinf(self.radius):
-            values["radius"] = "inf"
-        return values | {"is_certificate": self.is_certificate}
+        return super().to_dict() | {"is_certificate": self.is_certificate}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Certificate":
@@ -108,17 +101,11 @@ class Certificate:
         Raises:
             ValueError: if a field is missing or unknown, or `is_certificate` contradicts `method`.
         """
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        values = dict(values)
         marked = values.pop("is_certificate", None)
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
-        if unknown or missing:
-            raise ValueError(f"a `Certificate` needs exactly its own fields, got unknown {unknown}, missing {missing}")
         if isinstance(values.get("deployed"), dict):
-            deployed = {name: tuple(v) if isinstance(v, list) else v for name, v in values["deployed"].items()}
-            values["deployed"] = Deployed(**deployed)
-        certificate = cls(**values | {"radius": float(values["radius"])})
+            values["deployed"] = Deployed(**{name: unplain(v) for name, v in values["deployed"].items()})
+        certificate = super().from_dict(values)
         if marked not in (None, certificate.is_certificate):
             raise ValueError(f"`is_certificate` is {marked}, which contradicts `method` {certificate.method!r}")
         return certificate
@@ -141,95 +128,143 @@ def certify_scores(
     level: float = 0.5,
     deployed_samples: int | None = None,
     beta: float = 0.05,
-) -> Certificate:
+):
     """Turn independent scores `s(x + n)`, n ~ N(0, sigma² I), into a [`Certificate`] around x.
 
-    The method must be chosen before the scores are looked at: taking the better of two costs a union bound.
+    The method must be chosen before the scores are looked at; `"best"` pays for the choice.
 
     Args:
-        scores (`np.ndarray` of shape `(n,)`): values in [0, 1]. Excess by rounding, up to 1e-6, is clamped, and every
-            bound on the score is lowered by it.
+        scores (`np.ndarray` of shape `(n,)` or `(batch_size, n)`): values in [0, 1]. Excess by rounding, up to 1e-6, is
+            clamped, and every bound on the score is lowered by it.
         sigma (`float`): noise standard deviation in [0, 1]-pixel units, > 0.
         epsilons (`Sequence[float]`): l2 radii in [0, 1]-pixel units, finite, >= 0.
         alpha (`float`): error probability of the certificate. Ignored by `"plugin"`.
-        method (`str`): `"cdf"`, the layer-cake bound with confidence `1 - alpha` (theory, Fact 3), or `"plugin"`, the
-            paper's Theorem 1 with the sample mean, which certifies nothing.
-        pilot (`int`, *optional*): how many of the first scores choose the thresholds and are not counted. Defaults to
-            `max(100, n // 10)`, and to half where that is less. `"plugin"` counts all scores.
+        method (`str`): with confidence `1 - alpha`: `"cdf"`, the layer-cake bound (theory, Fact 3) over a band through
+            the sorted scores (`bands.order_band`); `"cdf_pilot"`, over Clopper–Pearson bounds at thresholds from a pilot;
+            `"betting"`, `"bernstein"`, `"hoeffding"`, the paper's Theorem 1 at a lower bound on the mean score;
+            `"best"`, the larger of `"cdf"` and `"betting"`, each at `alpha / 2`. Without: `"plugin"`, Theorem 1 at the
+            sample mean, which certifies nothing.
+        pilot (`int`, *optional*): how many of the first scores are not counted. For `"cdf_pilot"` they choose the
+            thresholds: `max(100, n // 10)`, or half where that is less; for the others 0, unless something else, such
+            as the anchor, depends on them.
         level (`float`): cosine that the radius keeps, in [0, 1).
-        deployed_samples (`int`, *optional*): also bound the mean of this many served draws (`"cdf"` only).
+        deployed_samples (`int`, *optional*): also bound the mean of this many served draws (`"cdf"`, `"cdf_pilot"` and
+            `"best"`).
         beta (`float`): failure probability of one served query, over the serving noise.
+
+    Returns:
+        [`Certificate`], or a list of them for a batch.
 
     Raises:
         ValueError: if an argument is out of its range, or a score is not finite or outside [0, 1].
     """
+    check_options(sigma=sigma, epsilons=epsilons, alpha=alpha, method=method)
+    if not 0.0 <= level < 1.0:
+        raise ValueError(f"`level` must be in [0, 1), got {level}")
+    epsilons = np.array(epsilons, np.float64, ndmin=1)
+    scores, slack = clean_scores(scores)
+    batch = np.atleast_2d(scores)
+    slack = np.atleast_1d(slack)[:, None]  # (B, 1)
+    n = batch.shape[-1]
+    if pilot is None:
+        pilot = min(max(100, n // 10), n // 2) if method == "cdf_pilot" else 0
+    if not 0 <= pilot < n:
+        raise ValueError(f"`pilot` must be from 0 to {n - 1}, one less than the scores, got {pilot}")
+    if deployed_samples is not None and method not in BAND_METHODS:
+        raise ValueError(
+            f"`deployed_samples` needs `method` {', '.join(BAND_METHODS)}, got {method!r}, which bounds a mean only"
+        )
+
+    at = np.concatenate([[0.0], epsilons])
+    # A level raised by the slack, rather than a bound lowered by it: the same radius.
+    raised = np.minimum(level + 2.0 * slack[:, 0], 1.0)
+    lower, radius, band = lower_bounds(batch, at, raised, sigma=sigma, alpha=alpha, method=method, pilot=pilot)
+    lower = np.maximum(lower - slack, 0.0)  # (B, E + 1)
+    products = bounds.inner_product(lower[:, 1:])
+    cosines = bounds.cosine(products)
+    abstained = lower[:, 0] < 0.5 * (1.0 + level)
+    served = None
+    if deployed_samples is not None:
+        quantile = bounds.deployed_score(band[0][:, None], band[1][:, None], epsilons, sigma, deployed_samples, beta)
+        served = bounds.inner_product(np.maximum(quantile - slack, 0.0))
+    means = batch[:, pilot:].mean(-1)
+
+    found = [
+        Certificate(
+            sigma=float(sigma),
+            epsilons=_floats(epsilons),
+            method=method,
+            alpha=None if method == "plugin" else float(alpha),
+            level=float(level),
+            num_samples=n - pilot,
+            num_pilot=pilot,
+            robustness_score=float(means[i]),
+            score_lower_bound=float(lower[i, 0]),
+            inner_product_bounds=_floats(products[i]),
+            cosine_bounds=_floats(cosines[i]),
+            radius=0.0 if abstained[i] else float(radius[i]),
+            abstained=bool(abstained[i]),
+            deployed=None
+            if served is None
+            else Deployed(deployed_samples, beta, _floats(served[i]), _floats(bounds.cosine(served[i]))),
+        )
+        for i in range(len(batch))
+    ]
+    return found[0] if scores.ndim == 1 else found
+
+
+def lower_bounds(scores, epsilons, level, *, sigma, alpha, method, pilot=0):
+    """Lower bounds on the mean score inside the ball and the radius at a level: the numbers of a certificate, bare.
+
+    Args:
+        scores (`np.ndarray` of shape `(batch_size, n)`): in [0, 1].
+        epsilons (`np.ndarray` of shape `(num_epsilons,)`): l2 radii in [0, 1]-pixel units.
+        level (`np.ndarray` of shape `(batch_size,)`): inner product that the radius keeps, in [-1, 1].
+
+    Returns:
+        `tuple`: bounds on the mean score `(batch_size, num_epsilons)`, radii `(batch_size,)`, and the band they came
+        from, `(survival, thresholds)`, or `None` for a method that bounds a mean only.
+    """
+    if method == "best":
+        half = {"sigma": sigma, "alpha": alpha / 2.0, "pilot": pilot}
+        lower, radius, band = lower_bounds(scores, epsilons, level, method="cdf", **half)
+        other, other_radius, _ = lower_bounds(scores, epsilons, level, method="betting", **half)
+        return np.maximum(lower, other), np.maximum(radius, other_radius), band
+    if method in BAND_METHODS:
+        if method == "cdf":
+            thresholds, survival = order_band(scores[:, pilot:], alpha)
+        else:
+            thresholds, survival = pilot_band(scores, pilot, alpha)
+        lower = bounds.layer_cake(survival[:, None], thresholds[:, None], epsilons, sigma)
+        return lower, bounds.layer_cake_radius(survival, thresholds, sigma, level), (survival, thresholds)
+    counted = scores[:, pilot:]
+    mean = counted.mean(-1) if method == "plugin" else mean_lower(counted, alpha, method)  # (B,)
+    lower = bounds.shift(mean[:, None], epsilons, sigma)
+    return lower, bounds.certified_radius(mean, sigma, level), None
+
+
+def check_options(*, sigma, epsilons, alpha, method):
+    """Raise `ValueError` unless a certificate can be asked for like this."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
-    scores, slack = _checked_scores(scores)
     if not (math.isfinite(sigma) and sigma > 0.0):
         raise ValueError(f"`sigma` must be finite and > 0, got {sigma}")
     epsilons = np.array(epsilons, np.float64, ndmin=1)
     if epsilons.ndim != 1 or not np.all(np.isfinite(epsilons) & (epsilons >= 0.0)):
         raise ValueError(f"`epsilons` must be finite numbers >= 0, got {epsilons.tolist()}")
-    if not 0.0 <= level < 1.0:
-        raise ValueError(f"`level` must be in [0, 1), got {level}")
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"`alpha` must be strictly between 0 and 1, got {alpha}")
-    if pilot is None:
-        pilot = min(max(100, len(scores) // 10), len(scores) // 2)
-    if not 0 <= pilot < len(scores):
-        raise ValueError(f"`pilot` must be from 0 to {len(scores) - 1}, one less than the scores, got {pilot}")
-    if method == "plugin" and deployed_samples is not None:
-        raise ValueError("`deployed_samples` needs `method` 'cdf', got 'plugin', which bounds no probability")
-
-    at = np.concatenate([[0.0], epsilons])
-    # A level raised by the slack, rather than a bound lowered by it: the same radius.
-    raised = min(level + 2.0 * slack, 1.0)
-    deployed = None
-    if method == "plugin":
-        pilot = 0
-        score = float(scores.mean())
-        lower = bounds.shift(score, at, sigma)
-        radius = bounds.certified_radius(score, sigma, raised)
-    else:
-        thresholds = pilot_thresholds(scores[:pilot])
-        survival = survival_band(scores[pilot:], thresholds, alpha)
-        lower = bounds.layer_cake(survival, thresholds, at, sigma)
-        radius = bounds.layer_cake_radius(survival, thresholds, sigma, raised)
-        if deployed_samples is not None:
-            quantile = bounds.deployed_score(survival, thresholds, epsilons, sigma, deployed_samples, beta)
-            served = bounds.inner_product(np.maximum(quantile - slack, 0.0))
-            deployed = Deployed(deployed_samples, beta, _floats(served), _floats(bounds.cosine(served)))
-    lower = np.maximum(lower - slack, 0.0)
-    products = bounds.inner_product(lower[1:])
-    abstained = bool(lower[0] < 0.5 * (1.0 + level))
-    return Certificate(
-        sigma=float(sigma),
-        epsilons=_floats(epsilons),
-        method=method,
-        alpha=None if method == "plugin" else float(alpha),
-        level=float(level),
-        num_samples=len(scores) - pilot,
-        num_pilot=pilot,
-        robustness_score=float(scores[pilot:].mean()),
-        score_lower_bound=float(lower[0]),
-        inner_product_bounds=_floats(products),
-        cosine_bounds=_floats(bounds.cosine(products)),
-        radius=0.0 if abstained else float(radius),
-        abstained=abstained,
-        deployed=deployed,
-    )
 
 
-def _checked_scores(scores):
-    """Scores clamped to [0, 1], and the largest excess that was clamped."""
+def clean_scores(scores):
+    """Scores clamped to [0, 1], and the largest excess that was clamped, per row."""
     scores = np.asarray(scores, np.float64)
-    if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"`scores` must be a non-empty vector, got shape {scores.shape}")
+    if scores.ndim not in (1, 2) or scores.size == 0:
+        raise ValueError(f"`scores` must be a non-empty vector or a batch of them, got shape {scores.shape}")
     if not np.all(np.isfinite(scores)):
         raise ValueError(f"`scores` must be finite, got {np.count_nonzero(~np.isfinite(scores))} NaN or infinite")
-    slack = max(0.0, float(-scores.min()), float(scores.max()) - 1.0)
-    if slack > _ROUNDING:
+    slack = np.maximum(np.maximum(-scores.min(-1), scores.max(-1) - 1.0), 0.0)
+    if np.any(slack > _ROUNDING):
         raise ValueError(f"`scores` must be in [0, 1], got values from {scores.min()} to {scores.max()}")
     return np.clip(scores, 0.0, 1.0), slack
 

@@ -1,14 +1,15 @@
 """Certificates for images through a smoothed tower: draw, score as the draws come, bound."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..noise import resolve_image_ids, resolve_seed
-from .certificate import Certificate, certify_scores
+from .adaptive import certify_stream, check_adaptive
+from .certificate import BAND_METHODS, Certificate, certify_scores
+from .identity import describe, model_name, psm_name, vector_hash
 
 
 ANCHORS = ("clean", "smoothed")
@@ -33,7 +34,7 @@ def null_level(features) -> float:
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"`features` must have shape (at least 2, num_features), got {tuple(features.shape)}")
-    _check_unit(features, "features")
+    check_unit(features, "features")
     return null_level_of_sum(features.double().sum(0), len(features))
 
 
@@ -43,69 +44,84 @@ def null_level_of_sum(total, count) -> float:
     return ((total.square().sum() - count) / (count * (count - 1))).item()
 
 
-def score_samples(
-    tower, pixel_values, anchor, *, num_samples, feature="tokens", generator=None, image_id=0, start=0, progress=None
-) -> np.ndarray:
-    """Scores `(1 + <g(x + n), anchor>)/2` of one image, one per draw; no more than one chunk of draws is ever held.
+class Draws:
+    """The noisy draws of one image, made on demand in the order of their numbers and reduced as they come.
+
+    No more than one chunk of features is ever held, unless `keep` is set.
 
     Args:
         tower ([`SmoothedVisionTower`]): gives the draws.
-        pixel_values (`torch.Tensor` of shape `(1, 3, height, width)`): the image.
-        anchor (`torch.Tensor` of shape `(num_features,)`): unit vector independent of these draws.
-        num_samples (`int`): number of draws.
-        feature (`str`): `"tokens"`, `"pooled"` or `"cls"`.
-        generator (`torch.Generator`, `int` or `None`): source of the noise; `None` is the operating system.
-        image_id (`int`): name of the image in the noise.
-        start (`int`): number of the first draw.
+        image (`torch.Tensor` of shape `(1, 3, height, width)`): the image.
+        reduce (`Callable`): turns unit features `(m, ...)` into what is wanted of them, `(m, ...)`.
+        seed (`int`), image_id (`int`): name the noise.
+        keep (`bool`): also keep the features, in `features`, float32.
         progress (`tqdm.tqdm`, *optional*): bar to advance by the draws.
-
-    Returns:
-        `np.ndarray` of shape `(num_samples,)`: float64, in [0, 1] up to rounding.
-
-    Raises:
-        ValueError: if there is not one image, or a feature is NaN or infinite.
+        options: `feature`, `center`, `per_token` of `SmoothedVisionTower.sample_features`.
     """
-    if len(pixel_values) != 1:
-        raise ValueError(f"`pixel_values` must hold one image, got {len(pixel_values)}")
-    scores = []
-    with torch.inference_mode():
-        for draws in tower.sample_features(
-            pixel_values, num_samples, feature=feature, generator=generator, image_ids=[image_id], start=start
-        ):
-            # A product and a sum, not a matrix product: those may run in TF32. The scores stay on the device, so that
-            # no chunk waits for the transfer of the one before.
-            scores.append((draws[0] * anchor).sum(-1))  # (m,)
-            if progress is not None:
-                progress.update(len(scores[-1]))
-        scores = (1.0 + torch.cat(scores).cpu().double().numpy()) / 2.0
-    if not np.all(np.isfinite(scores)):
-        raise ValueError(
-            f"`tower` gave a NaN or infinite feature in {np.count_nonzero(~np.isfinite(scores))} of {num_samples} "
-            f"draws of image {image_id}, all must be finite (a half-precision overflow?)"
-        )
-    return scores
+
+    num_looks = 1  # nothing is decided by what was drawn
+
+    def __init__(self, tower, image, reduce, *, seed, image_id, keep=False, progress=None, **options):
+        if len(image) != 1:
+            raise ValueError(f"`pixel_values` must hold one image, got {len(image)}")
+        self.tower, self.image, self.reduce, self.progress = tower, image, reduce, progress
+        self.stream = {"generator": seed, "image_ids": [image_id]} | options
+        self.image_id, self.values = image_id, None
+        self.features = [] if keep else None
+
+    def take(self, num_samples) -> np.ndarray:
+        """What `reduce` made of the first `num_samples` draws, `(num_samples, ...)` float64.
+
+        Raises:
+            ValueError: a feature is NaN or infinite.
+        """
+        done = 0 if self.values is None else len(self.values)
+        if done < num_samples:
+            found = []
+            with torch.inference_mode():
+                for chunk in self.tower.sample_features(self.image, num_samples - done, start=done, **self.stream):
+                    # Values stay on the device until the end, so that no chunk waits for the transfer of the one before.
+                    found.append(self.reduce(chunk[0]))
+                    if self.features is not None:
+                        self.features.append(chunk[0].cpu())
+                    if self.progress is not None:
+                        self.progress.update(chunk.shape[1])
+                values = torch.cat(found).cpu().double().numpy()
+            bad = np.count_nonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+            if bad:
+                raise ValueError(
+                    f"`tower` gave a NaN or infinite feature in {bad} of {len(values)} draws of image {self.image_id}, "
+                    "all must be finite (a half-precision overflow?)"
+                )
+            self.values = values if done == 0 else np.concatenate([self.values, values])
+        return self.values[:num_samples]
 
 
-def score_images(
-    tower,
-    pixel_values,
-    *,
-    num_samples=10_000,
-    anchor="clean",
-    feature="tokens",
-    generator=None,
-    image_ids=None,
-    progress=False,
-):
-    """Scores of each image and a record of what was scored: the part of `certify_features` that needs the model.
+class ScoreDraws(Draws):
+    """[`Draws`] reduced to scores `(1 + <g(x + n), anchor>)/2`, in [0, 1] up to rounding.
 
-    One stream serves several methods: `dataclasses.replace(certify_scores(scores, method=...), **record)`. Arguments
-    and errors are those of `certify_features`.
-
-    Yields:
-        `tuple[np.ndarray, dict]`: scores of shape `(num_samples,)`, and the fields of [`Certificate`] that say what was
-        certified.
+    Args:
+        anchor (`torch.Tensor` of shape `(F,)`, or `(tokens, width)` with `per_token`): unit vectors independent of the
+            draws.
+        record (`dict`): the fields of [`Certificate`] that say what is scored.
     """
+
+    def __init__(self, tower, image, anchor, record, **options):
+        self.anchor, self.record = anchor, record
+
+        def products(features):
+            # A product and a sum, not a matrix product: those may run in TF32.
+            return (features * anchor).sum(-1)  # (m,) or (m, tokens)
+
+        super().__init__(tower, image, products, **options)
+
+    def take(self, num_samples) -> np.ndarray:
+        """The first scores, of shape `(num_samples,)`, or `(tokens, num_samples)` with `per_token`."""
+        return ((1.0 + super().take(num_samples)) / 2.0).T
+
+
+def check_certifiable(tower, pixel_values):
+    """Raise `ValueError` unless a certificate of this tower on these images would mean what it says."""
     config = tower.config
     if not config.sigma > 0:
         raise ValueError(f"`tower.config.sigma` must be > 0 to certify, got {config.sigma}")
@@ -113,79 +129,79 @@ def score_images(
         raise ValueError(f"`tower.config.aggregation` must be 'unit' to certify, got {config.aggregation!r}")
     if any(module.training for module in tower.modules()):
         raise ValueError("`tower` must be in evaluation mode, got training mode: call `tower.eval()`")
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be >= 1, got {num_samples}")
-    given = anchor if isinstance(anchor, torch.Tensor) else None
-    kind = "given" if given is not None else anchor
-    if given is None and kind not in ANCHORS:
-        raise ValueError(f"`anchor` must be 'clean', 'smoothed' or a tensor of unit vectors, got {anchor!r}")
-    if given is not None and (given.ndim != 2 or len(given) != len(pixel_values)):
-        raise ValueError(
-            f"`anchor` must have shape ({len(pixel_values)}, num_features), one unit vector per image, "
-            f"got {tuple(given.shape)}"
-        )
-    # One seed for the call, and one image at a time: the noise of an image does not depend on its neighbours.
-    seed = resolve_seed(generator)
-    image_ids = resolve_image_ids(image_ids, len(pixel_values))
     if pixel_values.dtype not in (torch.float32, torch.float64):
         # In half precision two neighbouring images are rounded to grids as coarse as a certified radius.
         raise ValueError(
             f"`pixel_values` must be float32 to certify, also for a tower in {tower.dtype}, got {pixel_values.dtype}"
         )
-    layer = config.feature_layer
-    record = {
-        "anchor": kind,
+
+
+def describe_run(tower, pixel_values, feature, generator, center=None) -> dict:
+    """The fields of [`Certified`] that are common to the images of one call, the resolved seed among them."""
+    return {
+        **describe(tower),
         "model": model_name(tower),
         "psm": psm_name(tower),
-        "dtype": str(tower.dtype).removeprefix("torch."),
         "image_size": tuple(pixel_values.shape[-2:]),
         "feature": feature,
-        "feature_layer": tuple(layer) if isinstance(layer, list) else layer,
-        "first_token": config.first_token,
-        "attention": getattr(config.vision_config, "_attn_implementation", None),
-        "aggregation": config.aggregation,
-        "seed": seed,
+        "center": None if center is None else vector_hash(center),
+        "seed": resolve_seed(generator),
+        "seed_source": "os" if generator is None else "given",
     }
-    with tqdm(total=len(image_ids) * num_samples, unit="draw", disable=not progress) as bar:
-        for index, image_id in enumerate(image_ids):
-            image = pixel_values[index : index + 1]
-            stream = {"feature": feature, "generator": seed, "image_id": image_id}
-            if kind == "clean":
-                with torch.inference_mode():
-                    vector = tower.clean_features(image, feature)[0]
-            elif kind == "smoothed":
-                vector = _smoothed_anchor(tower, image, **stream)
-            else:
-                vector = given[index].to(tower.device, torch.float32)
-            _check_unit(vector, "anchor")
-            yield (
-                score_samples(tower, image, vector, num_samples=num_samples, progress=bar, **stream),
-                record | {"image_id": image_id},
-            )
 
 
-def short_name(name):
-    """The last part of a folder's path, so that no result tells of a machine; a Hub id as it is."""
-    return Path(name).name if Path(name).is_absolute() or str(name).startswith(".") else str(name)
+def draw_scores(
+    tower,
+    pixel_values,
+    *,
+    anchor="clean",
+    feature="tokens",
+    center=None,
+    per_token=False,
+    generator=None,
+    image_ids=None,
+    keep=False,
+    progress=None,
+):
+    """The scores of each image, to be drawn on demand: the part of `certify_features` that needs the model.
 
+    One stream serves several methods: `dataclasses.replace(certify_scores(draws.take(n), ...), **draws.record)`.
+    Arguments and errors are those of `certify_features`.
 
-def model_name(tower):
-    """Where the wrapped tower came from, or its class where that is not known."""
-    for config in (tower.config.vision_config, tower.config):
-        if getattr(config, "name_or_path", ""):
-            return short_name(config.name_or_path)
-    return type(tower.vision_tower).__name__
-
-
-def psm_name(tower):
-    """Where the purifier and the mapper came from, or what they are."""
-    config = tower.config.psm_config
-    if getattr(config, "name_or_path", ""):
-        return short_name(config.name_or_path)
-    parts = [f"{config.purifier} purifier"] * (config.purifier != "none") + ["mapper"] * (
-        config.mapper_config is not None
-    )
-    return " and ".join(parts) or "none"
+    Yields:
+        [`ScoreDraws`]: one per image. Draws that were taken are remembered.
+    """
+    check_certifiable(tower, pixel_values)
+    given = anchor if isinstance(anchor, torch.Tensor) else None
+    kind = "given" if given is not None else anchor
+    if given is None and kind not in ANCHORS:
+        raise ValueError(f"`anchor` must be 'clean', 'smoothed' or a tensor of unit vectors, got {anchor!r}")
+    shape = "tokens, width" if per_token else "num_features"
+    if given is not None and (given.ndim != 2 + per_token or len(given) != len(pixel_values)):
+        raise ValueError(
+            f"`anchor` must have shape ({len(pixel_values)}, {shape}), unit vectors for each image, "
+            f"got {tuple(given.shape)}"
+        )
+    if center is not None and not torch.all(torch.isfinite(center)):
+        raise ValueError("`center` must be finite")
+    image_ids = resolve_image_ids(image_ids, len(pixel_values))
+    # One seed for the call, and one image at a time: the noise of an image does not depend on its neighbours.
+    record = describe_run(tower, pixel_values, feature, generator, center) | {"anchor": kind}
+    options = {"feature": feature, "center": center, "per_token": per_token}
+    for index, image_id in enumerate(image_ids):
+        image = pixel_values[index : index + 1]
+        if kind == "clean":
+            with torch.inference_mode():
+                vector = tower.clean_features(image, **options)[0]
+        elif kind == "smoothed":
+            vector = _smoothed_anchor(tower, image, record["seed"], image_id, options)
+        else:
+            vector = given[index].to(tower.device, torch.float32)
+        check_unit(vector, "anchor")
+        yield ScoreDraws(
+            tower, image, vector, record | {"image_id": image_id}, seed=record["seed"], image_id=image_id, keep=keep,
+            progress=progress, **options,
+        )  # fmt: skip
 
 
 def certify_features(
@@ -198,13 +214,17 @@ def certify_features(
     method: str = "cdf",
     anchor="clean",
     feature: str = "tokens",
+    per_token: bool = False,
+    center=None,
     level: float = 0.5,
     beta: float = 0.05,
+    target_radius: float | None = None,
+    tolerance: float | None = None,
     null_cosine: float | None = None,
     generator=None,
     image_ids=None,
     progress: bool = False,
-) -> list[Certificate]:
+) -> list[Certificate] | list[list[Certificate]]:
     """Certify how far an l2 perturbation can turn the smoothed feature of each image.
 
     Each [`Certificate`] holds with probability at least `1 - alpha` over its own sampling noise, for an image that does
@@ -216,64 +236,83 @@ def certify_features(
             it is served in.
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised images.
         epsilons (`Sequence[float]`): l2 radii in [0, 1]-pixel units.
-        num_samples (`int`): draws per image, the pilot's (a tenth, at least 100) included.
-        alpha (`float`): error probability of each certificate.
-        method (`str`): `"cdf"` or `"plugin"` (not a certificate); see `certify_scores`.
+        num_samples (`int`): draws per image; the most of them where it may stop early.
+        alpha (`float`): error probability of each certificate; with `per_token`, of all certificates of an image
+            together (a union bound gives each token its equal share).
+        method (`str`): see `certify_scores`; `"plugin"` is no certificate.
         anchor (`str` or `torch.Tensor` of shape `(batch_size, num_features)`): `"clean"`, the feature of the unwrapped
             tower on the image (the paper); `"smoothed"`, the mean of 128 draws that are not scored; or unit vectors
-            that do not depend on the noise.
+            that do not depend on the noise, `(batch_size, tokens, width)` with `per_token`.
         feature (`str`): `"tokens"`, the flattened chosen layer, `"pooled"` or `"cls"`.
+        per_token (`bool`): certify the direction of each token of `"tokens"` by itself. That is the expectation of the
+            token's own unit vector; a served tower averages all tokens as one vector, so there is no `deployed` part.
+        center (`torch.Tensor` of shape `(num_features,)`, *optional*): fixed vector that is subtracted from the feature
+            before it is normalised, such as the mean of `tower.clean_features(references, feature, unit=False)`. The
+            same theory holds; it takes away what all images share, and so the null level. The served feature is not
+            centred, so there is no `deployed` part.
         level (`float`): cosine that the radius keeps, in [0, 1).
         beta (`float`): failure probability of one query of the served model.
+        target_radius (`float`, *optional*): stop as soon as this radius is certified, or will not be (`"cdf"` only).
+        tolerance (`float`, *optional*): stop as soon as all `num_samples` draws can be expected to add no more than this
+            to the radius (`"cdf"` only). Either spreads `alpha` over the looks, which costs a little radius.
         null_cosine (`float`, *optional*): mean cosine of unrelated images, from `null_level`, to be recorded.
         generator (`torch.Generator`, `int` or `None`): source of the noise; `None` is the operating system.
         image_ids (`list[int]`, *optional*): names of the images in the noise, default their positions.
         progress (`bool`): show a bar over the draws.
 
     Returns:
-        `list[Certificate]`: one per image, whatever the batch the image came in.
+        `list[Certificate]`: one per image, whatever the batch the image came in; with `per_token` a list per image.
 
     Raises:
         ValueError: if the tower cannot be certified (sigma 0, plain averaging, training mode), a feature or an anchor is
             not finite, or an argument is out of its range.
     """
-    options = {"epsilons": epsilons, "alpha": alpha, "method": method, "level": level, "beta": beta}
-    options |= {"sigma": tower.config.sigma}
-    if method != "plugin" and tower.serves(feature):
+    options = {"epsilons": epsilons, "method": method, "level": level, "beta": beta, "sigma": tower.config.sigma}
+    if method in BAND_METHODS and tower.serves(feature) and center is None and not per_token:
         options["deployed_samples"] = tower.config.num_samples
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be >= 1, got {num_samples}")
+    check_adaptive(target_radius, tolerance, method)
     if tower.config.sigma > 0:
-        certify_scores([0.5, 0.5], **options)  # a wrong option is refused before the draws, not after an hour of them
-    stream = score_images(
-        tower,
-        pixel_values,
-        num_samples=num_samples,
-        anchor=anchor,
-        feature=feature,
-        generator=generator,
-        image_ids=image_ids,
-        progress=progress,
-    )
-    return [
-        dataclasses.replace(certify_scores(scores, **options), null_cosine=null_cosine, **record)
-        for scores, record in stream
-    ]
+        # A wrong option is refused before the draws, not after an hour of them.
+        certify_scores([0.5, 0.5], alpha=alpha, **options)
+    certificates = []
+    with tqdm(total=len(pixel_values) * num_samples, unit="draw", disable=not progress) as bar:
+        for draws in draw_scores(
+            tower, pixel_values, anchor=anchor, feature=feature, center=center, per_token=per_token,
+            generator=generator, image_ids=image_ids, progress=bar,
+        ):  # fmt: skip
+            tokens = len(draws.anchor) if per_token else 1
+            found = certify_stream(
+                draws.take, num_samples, target_radius=target_radius, tolerance=tolerance, alpha=alpha / tokens,
+                **options,
+            )  # fmt: skip
+            record = draws.record | {"null_cosine": null_cosine}
+            if per_token:
+                joint = None if method == "plugin" else alpha
+                certificates.append(
+                    [dataclasses.replace(c, token=i, joint_alpha=joint, **record) for i, c in enumerate(found)]
+                )
+            else:
+                certificates.append(dataclasses.replace(found, **record))
+    return certificates
 
 
-def _smoothed_anchor(tower, image, *, feature, generator, image_id):
-    """Direction of the mean of draws that are never scored."""
-    total = 0.0
-    with torch.inference_mode():
-        for draws in tower.sample_features(
-            image, _ANCHOR_DRAWS, feature=feature, generator=generator, image_ids=[image_id], start=_ANCHOR_START
-        ):
-            total = total + draws[0].sum(0)  # (F,)
-        return total / total.norm()
-
-
-def _check_unit(vectors, name):
+def check_unit(vectors, name):
     """Refuse vectors along the last axis that are not finite or not of length 1."""
     lengths = vectors.float().norm(dim=-1)
     # Not the other way round: a NaN must fail.
     if not torch.all((lengths - 1.0).abs() < _UNIT):
         worst = lengths.flatten()[(lengths - 1.0).abs().nan_to_num(torch.inf).argmax()].item()
         raise ValueError(f"`{name}` must be finite unit vectors, got one of length {worst:.6g}")
+
+
+def _smoothed_anchor(tower, image, seed, image_id, options):
+    """Direction of the mean of draws that are never scored."""
+    total = 0.0
+    with torch.inference_mode():
+        for draws in tower.sample_features(
+            image, _ANCHOR_DRAWS, generator=seed, image_ids=[image_id], start=_ANCHOR_START, **options
+        ):
+            total = total + draws[0].sum(0)  # (F,) or (tokens, width)
+        return total / total.norm(dim=-1, keepdim=True)

@@ -21,15 +21,19 @@ def format_table(certificates, null_cosine: float | None = None) -> str:
         raise ValueError("`certificates` must be one or more with the same `epsilons`")
     groups = {}
     for c in certificates:
-        key = (c.sigma, c.feature, c.anchor, c.method, c.alpha, c.level, c.num_samples)
+        key = (c.sigma, c.feature, c.anchor, c.method, c.alpha, c.level)
         groups.setdefault(key, []).append(c)
 
     header = ["sigma", "feature", "anchor", "method", "confidence", "n", "images", "score"]
     header += [f"eps {epsilon:g}" for epsilon in certificates[0].epsilons] + ["radius", "abstained"]
     rows = [header]
-    for (sigma, feature, anchor, method, alpha, level, num_samples), group in groups.items():
+    for (sigma, feature, anchor, method, alpha, level), group in groups.items():
         row = [f"{sigma:g}", feature or "-", anchor or "-", method]
-        row += ["none" if alpha is None else f"{100 * (1 - alpha):g} %", f"{num_samples}", f"{len(group)}"]
+        row += [
+            "none" if alpha is None else f"{100 * (1 - alpha):g} %",
+            f"{np.mean([c.num_samples for c in group]):.0f}",
+        ]
+        row += [f"{len(group)}"]
         row += [f"{np.mean([c.robustness_score for c in group]):.4f}"]
         row += [f"{bound:+.4f}" for bound in np.mean([c.inner_product_bounds for c in group], axis=0)]
         row += [f"{np.mean([c.radius for c in group]):.4f} ({level:g})"]
@@ -48,3 +52,35 @@ def format_table(certificates, null_cosine: float | None = None) -> str:
     if null_cosine is not None:
         lines.append(f"null level: unrelated images have a mean cosine of {null_cosine:+.4f}.")
     return "\n".join(lines)
+
+
+def format_label_table(certificates) -> str:
+    """Certified labels over images: how many, and how far, beside Cohen's hard vote from the same draws.
+
+    Args:
+        certificates (`Iterable[LabelCertificate]`): of one setting.
+
+    Raises:
+        ValueError: if there is no certificate.
+    """
+    certificates = list(certificates)
+    if not certificates:
+        raise ValueError("`certificates` must be one or more")
+    first = certificates[0]
+    confidence = "no confidence" if first.alpha is None else f"{100 * (1 - first.alpha):g} % confidence"
+    header = f"labels, {len(certificates)} images, {first.num_classes} classes, {first.method}, {confidence}"
+    rows = [("what is classified", "certified", "mean radius", "median radius")]
+    kinds = [("smoothed embedding", [c.radius for c in certificates])]
+    if all(c.deployed is not None for c in certificates):
+        served = first.deployed
+        name = f"mean of {served.num_samples} draws, 1 query, beta {served.beta:g}"
+        kinds.append((name, [c.deployed.radius for c in certificates]))
+    kinds.append(("hard vote (another classifier)", [c.hard_vote_radius for c in certificates]))
+    for name, radii in kinds:
+        certified = f"{100 * np.mean(np.array(radii) > 0):.0f} %"
+        rows.append((name, certified, f"{np.mean(radii):.4f}", f"{np.median(radii):.4f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append("hard vote: Cohen et al. 2019 on the labels of single draws; it certifies the majority vote, not the")
+    lines.append("smoothed embedding that is served.")
+    return "\n".join([header, *lines])

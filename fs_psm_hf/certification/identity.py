@@ -1,0 +1,90 @@
+"""What makes a smoothed tower the function it is: the facts a certificate records, and a hash over them and the weights."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+
+# Fields of a configuration that name, load or train a model and do not change what it computes. The kernel and the
+# dtype are recorded apart.
+_NOT_THE_FUNCTION = {
+    "architectures", "transformers_version", "dtype", "torch_dtype", "name_or_path", "auto_map", "model_type",
+    "attn_implementation", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "is_encoder_decoder", "initializer_range", "initializer_factor",
+    "base_model_name_or_path", "base_model_revision", "use_mask_token", "_diffusers_version",
+}  # fmt: skip
+
+
+def describe(tower) -> dict:
+    """The facts about a tower that a certificate records and `Certified.verify` compares."""
+    config = tower.config
+    layer = config.feature_layer
+    return {
+        "dtype": str(tower.dtype).removeprefix("torch."),
+        "attention": getattr(config.vision_config, "_attn_implementation", None),
+        "image_mean": tuple(config.image_mean),
+        "image_std": tuple(config.image_std),
+        "feature_layer": tuple(layer) if isinstance(layer, (list, tuple)) else layer,
+        "first_token": config.first_token,
+        "aggregation": config.aggregation,
+        "model_hash": model_hash(tower),
+    }
+
+
+def model_hash(tower) -> str:
+    """SHA-256 over every weight of the tower, its purifier and its mapper, and the settings that shape their function.
+
+    Two towers with the same hash, dtype and kernel are the same function of the image. The code of a purifier of yours
+    enters by the name of its class only.
+    """
+    digest = hashlib.sha256()
+    config = tower.config
+    settings = {
+        "vision_tower": type(tower.vision_tower).__name__,
+        "vision_config": _settings(config.vision_config),
+        "psm_config": _settings(config.psm_config),
+        "purifier": type(tower.psm.purifier).__name__,
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        tensor = tensor.detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def vector_hash(vector) -> str:
+    """SHA-256 of a vector's float32 values."""
+    values = vector.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(memoryview(values.flatten().view(torch.uint8).numpy())).hexdigest()
+
+
+def short_name(name):
+    """The last part of a folder's path, so that no result tells of a machine; a Hub id as it is."""
+    return Path(name).name if Path(name).is_absolute() or str(name).startswith(".") else str(name)
+
+
+def model_name(tower):
+    """Where the wrapped tower came from, or its class where that is not known."""
+    for config in (tower.config.vision_config, tower.config):
+        if getattr(config, "name_or_path", ""):
+            return short_name(config.name_or_path)
+    return type(tower.vision_tower).__name__
+
+
+def psm_name(tower):
+    """Where the purifier and the mapper came from, or what they are."""
+    config = tower.config.psm_config
+    if getattr(config, "name_or_path", ""):
+        return short_name(config.name_or_path)
+    parts = [f"{config.purifier} purifier"] * (config.purifier != "none") + ["mapper"] * (
+        config.mapper_config is not None
+    )
+    return " and ".join(parts) or "none"
+
+
+def _settings(config):
+    values = config.to_dict()
+    return {k: v for k, v in values.items() if not k.startswith("_") and k not in _NOT_THE_FUNCTION}
