@@ -1,6 +1,6 @@
 """`fs-psm`: the command line. Bodies are imported when their command runs."""
 
-import csv
+import inspect
 import platform
 import sys
 from importlib import metadata
@@ -16,101 +16,35 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-
-
-def _list_images(folder, where, limit):
-    """Relative paths of the images below `folder`; with `where` the rows of its metadata.csv that agree."""
-    if not folder.is_dir():
-        raise ValueError(f"`--images` must be a folder, got {folder}")
-    if where is None:
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        names = sorted(path.relative_to(folder).as_posix() for path in found)
-    else:
-        column, equals, value = where.partition("=")
-        table = folder / "metadata.csv"
-        if not equals or not table.is_file():
-            raise ValueError(f"`--where` must be COLUMN=VALUE of {table}, got {where!r}")
-        with open(table, newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        if not rows or column not in rows[0] or "file_name" not in rows[0]:
-            raise ValueError(f"`--where` must name a column of {table} beside file_name, got {column!r}")
-        names = sorted({row["file_name"] for row in rows if row[column] == value})
-    if not names:
-        raise ValueError(f"`--images` {folder} holds no image" + (f" with {where}" if where else ""))
-    return names[:limit]
-
-
-def _load_tower(name, psm_name, processor_name, sigma, num_samples):
-    """A smoothed tower and its image processor from whatever `name` holds: tower, host, CLIP or vision model."""
-    import transformers
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
-    from transformers.utils import logging
-
-    from . import PSMModel, SmoothedVisionTower, SmoothedVisionTowerConfig, attach
-    from .hosts import HOSTS
-    from .loading import load_strictly
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"`--tower` must be a model folder or a Hub id, got {name}: {error}") from error
-    try:
-        processor = AutoImageProcessor.from_pretrained(processor_name or name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`--processor` is needed: {processor_name or name} holds no image processor") from error
-    psm = None if psm_name is None else PSMModel.from_pretrained(psm_name)
-
-    def load(model_class, leftover=()):
-        # What is left over is judged there, in a sentence; transformers' own report would be a page.
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            return load_strictly(model_class.from_pretrained, model_class, name, leftover=leftover)[0]
-        finally:
-            logging.set_verbosity(verbosity)
-
-    host = None
-    if config.model_type == SmoothedVisionTowerConfig.model_type:
-        tower = SmoothedVisionTower.from_pretrained(name)
-    elif config.model_type in HOSTS:
-        host = load(transformers.AutoModelForImageTextToText)
-        tower = host.model.vision_tower
-    elif config.model_type == "siglip":
-        tower = load(transformers.SiglipVisionModel, ("text_model.", "logit_"))
-    elif config.model_type == "clip" or "CLIPVisionModelWithProjection" in (config.architectures or ()):
-        tower = load(transformers.CLIPVisionModelWithProjection, ("text_model.", "text_projection.", "logit_scale"))
-    else:
-        tower = load(AutoModel)
-    if isinstance(tower, SmoothedVisionTower):
-        if psm is not None:
-            raise ValueError(f"`--psm` must not be given for a tower that is smoothed already, got {psm_name}")
-        tower.config.sigma = tower.config.sigma if sigma is None else sigma
-        tower.config.num_samples = num_samples or tower.config.num_samples
-        return tower, processor
-    settings = {"sigma": 0.25 if sigma is None else sigma, "num_samples": num_samples or 4, "processor": processor}
-    if host is not None:
-        return attach(host, psm, **settings), processor
-    return SmoothedVisionTower.from_components(tower, psm, **settings), processor
 
 
 @app.command()
 def certify(
-    tower: Annotated[str, typer.Option(help="Folder or Hub id: smoothed tower, LLaVA, CLIP or vision model.")],
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
     output: Annotated[Path, typer.Option(help="JSON-lines file for the results.")],
+    tower: Annotated[str | None, typer.Option(help="Folder or Hub id: smoothed tower, LLaVA, CLIP or vision model.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images.")] = None,
     psm: Annotated[str | None, typer.Option(help="PSM for a plain tower; plain smoothing without.")] = None,
     processor: Annotated[str | None, typer.Option(help="Image processor, if it is not beside the tower.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [the checkpoint's].")] = None,
     sigma: Annotated[float | None, typer.Option(help="Noise, in [0, 1] pixels [0.25, or the tower's].")] = None,
-    num_samples: Annotated[int, typer.Option(help="Draws per image.")] = 10_000,
+    num_samples: Annotated[int | None, typer.Option(help="Draws per image [10000, or all saved ones].")] = None,
+    target_radius: Annotated[float | None, typer.Option(help="Stop once this radius is certified or out of reach.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Stop once more draws would add less than this radius.")] = None,
     served_samples: Annotated[int | None, typer.Option(help="Draws the served model averages [4, or the tower's].")] = None,
+    method: Annotated[list[str], typer.Option(help="cdf, cdf_pilot, betting, bernstein, hoeffding, best or plugin.")] = (
+        "cdf", "plugin",
+    ),
     alpha: Annotated[float, typer.Option(help="Error probability of each certificate.")] = 1e-3,
+    beta: Annotated[float, typer.Option(help="Failure probability of one query of the served model.")] = 0.05,
     epsilon: Annotated[list[float], typer.Option(help="ℓ₂ radius in [0, 1] pixels; may be repeated.")] = (
         0.125, 0.25, 0.375, 0.5, 0.75,
     ),
     level: Annotated[float, typer.Option(help="Cosine that the radius keeps.")] = 0.5,
     anchor: Annotated[str, typer.Option(help="clean or smoothed.")] = "clean",
     feature: Annotated[str, typer.Option(help="tokens, cls or pooled.")] = "tokens",
+    per_token: Annotated[bool, typer.Option(help="Certify each token by itself.")] = False,
+    center: Annotated[Path | None, typer.Option(help="Folder of images whose mean feature is subtracted.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="safetensors with text_embeds, or weight and bias: certify the label.")] = None,
     where: Annotated[str | None, typer.Option(help="COLUMN=VALUE of the folder's metadata.csv.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
     max_batch_size: Annotated[int | None, typer.Option(help="Noisy images per pass.")] = None,
@@ -118,49 +52,116 @@ def certify(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise [the operating system's].")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an existing output.")] = False,
     save_scores: Annotated[Path | None, typer.Option(help="Folder for the scores of each image.")] = None,
+    save_features: Annotated[bool, typer.Option(help="Save the features too, for later label questions.")] = False,
+    from_scores: Annotated[Path | None, typer.Option(help="Answer from saved scores: no model, no images.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the certificates to write.")] = None,
 ):  # fmt: skip
     """Certify every image of a folder; plug-in estimates beside 1 - alpha certificates from the same draws."""
-    import torch
-    from transformers.utils import logging
+    from .certification import format_label_table, format_table
+    from .certification.folder import Question, certify_saved
+    from .inputs import load_classifier
 
-    from .certification import format_table
-    from .certification.certify import short_name
-    from .certification.folder import certify_folder
-    from .configuration_fs_psm import check_smoothing
+    given = dict(locals())
+    about_model = ("tower", "images", "psm", "processor", "dtype", "sigma", "center", "where", "limit", "device", "seed",
+                   "max_batch_size", "save_scores")  # fmt: skip
+    if from_scores is not None:
+        wrong = [name for name in about_model if given[name] is not None]
+        if wrong or resume or save_features or per_token:
+            wrong += [name for name in ("resume", "save_features", "per_token") if given[name]]
+            raise ValueError(
+                f"`--from-scores` needs no model and no images, got --{wrong[0].replace('_', '-')} as well"
+            )
+    elif tower is None or images is None:
+        raise ValueError("`--tower` and `--images` must be given, or `--from-scores`")
+    if plot is not None:
+        from .plots import check_picture
 
-    check_smoothing(0.25 if sigma is None else sigma, 4 if served_samples is None else served_samples, max_batch_size)
-    if limit is not None and limit < 1:
-        raise ValueError(f"`--limit` must be >= 1, got {limit}")
-    files = _list_images(images, where, limit)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`--device` must be one torch can use here, got {device}: {error}") from error
-    logging.disable_progress_bar()
-    model, image_processor = _load_tower(tower, psm, processor, sigma, served_samples)
-    model = model.to(device)
-    model.config.max_batch_size = max_batch_size or model.config.max_batch_size
-    settings = {"tower": short_name(tower), "images": images.resolve().name, "where": where, "limit": limit}
-    command = f"fs-psm certify --tower {short_name(tower)} --images {settings['images']} --output {output.name}"
-    for name, value in (
-        ("psm", psm and short_name(psm)), ("sigma", sigma), ("num-samples", num_samples),
-        ("served-samples", served_samples), ("alpha", alpha), *(("epsilon", value) for value in epsilon),
-        ("level", level), ("anchor", anchor), ("feature", feature), ("where", where), ("limit", limit),
-        ("max-batch-size", max_batch_size), ("seed", seed),
-    ):  # fmt: skip
-        command += "" if value is None else f" --{name} {value}"
-    certificates, unreadable = certify_folder(
-        model, image_processor, images, files, output, settings=settings, command=command,
-        methods=["cdf", "plugin"], epsilons=tuple(epsilon), alpha=alpha, level=level, num_samples=num_samples,
-        anchor=anchor, feature=feature, seed=seed, resume=resume, save_scores=save_scores,
+        if per_token:
+            raise ValueError("`--plot` draws certificates of whole features, not `--per-token`")
+        check_picture(plot)
+    if num_samples is None:
+        num_samples = 0 if from_scores is not None else 10_000
+    elif num_samples < 1:
+        raise ValueError(f"`--num-samples` must be >= 1, got {num_samples}")
+    question = Question(
+        methods=tuple(method), epsilons=tuple(epsilon), num_samples=num_samples, alpha=alpha, level=level, beta=beta,
+        target_radius=target_radius, tolerance=tolerance, curve=plot is not None,
+        classifier=None if labels is None else load_classifier(labels),
     )  # fmt: skip
+    command = _command("certify", certify, given)
+    if from_scores is not None:
+        results, unreadable = (
+            certify_saved(from_scores, output, question, served_samples=served_samples, command=command),
+            [],
+        )
+    else:
+        finished = _certify_images(question, command, given)
+        if finished is None:
+            return  # not the first process
+        results, unreadable = finished
+    certificates = results.certificates()
     if certificates:
-        typer.echo(format_table(certificates))
+        typer.echo(format_table(certificates, null_cosine=results.lines[-1]["null_cosine"]))
+    if results.label_certificates():
+        typer.echo(format_label_table(results.label_certificates()))
+    if plot is not None and certificates:
+        from .plots import plot_results
+
+        plot_results(results.lines, plot)
     for name in unreadable:
         typer.echo(f"not certified: {name} is not a readable image", err=True)
     if unreadable:
         raise typer.Exit(1)
+
+
+def _certify_images(question, command, given):
+    """The part of `certify` that needs a model; `None` in every process but the first."""
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from .certification.folder import certify_folder, mean_feature
+    from .certification.identity import short_name
+    from .configuration_fs_psm import check_smoothing
+    from .inputs import check_device, list_images, load_tower
+
+    sigma, served, limit, images = given["sigma"], given["served_samples"], given["limit"], given["images"]
+    check_smoothing(0.25 if sigma is None else sigma, 4 if served is None else served, given["max_batch_size"])
+    if limit is not None and limit < 1:
+        raise ValueError(f"`--limit` must be >= 1, got {limit}")
+    files = list_images(images, given["where"], limit)
+    device = check_device(given["device"])
+    PartialState(cpu=device == "cpu")  # under `accelerate launch`, "cuda" is from here on this process's own
+    logging.disable_progress_bar()
+    model, processor = load_tower(given["tower"], given["psm"], given["processor"], sigma, served, given["dtype"])
+    model = model.to(device)
+    model.config.max_batch_size = given["max_batch_size"] or model.config.max_batch_size
+    center = None
+    if given["center"] is not None:
+        references = list_images(given["center"], None, None, option="--center")
+        center = mean_feature(model, processor, given["center"], references, given["feature"], progress=True)
+    settings = {"tower": short_name(given["tower"]), "images": images.resolve().name}
+    options = ("anchor", "feature", "per_token", "seed", "resume", "save_scores", "save_features")
+    return certify_folder(
+        model, processor, images, files, given["output"], question, center=center, command=command,
+        settings=settings | {name: given[name] for name in ("where", "limit")},
+        **{name: given[name] for name in options},
+    )  # fmt: skip
+
+
+def _command(name, function, given):
+    """What was typed, as far as it differs from the defaults; folders by their last name, so that no machine is named."""
+    words = [f"fs-psm {name}"]
+    for option, parameter in inspect.signature(function).parameters.items():
+        value, default = given[option], parameter.default
+        several = isinstance(value, (list, tuple))
+        if option in ("resume", "plot") or value == (list(default) if several else default):
+            continue
+        for part in value if several else [value]:
+            shown = part.resolve().name if isinstance(part, Path) else part
+            if option in ("tower", "psm", "processor"):
+                shown = shown.rpartition("/")[2] if Path(shown).exists() else shown
+            words.append(f"--{option.replace('_', '-')}" + ("" if part is True else f" {shown}"))
+    return " ".join(words)
 
 
 @app.command()
@@ -175,6 +176,17 @@ def demo(
 
     logging.disable_progress_bar()
     typer.echo(run(models=models, output=output, progress=True))
+
+
+@app.command()
+def tables(
+    paper: Annotated[int, typer.Option(help="Table of the paper: 2 or 5.")],
+    results: Annotated[list[Path], typer.Option(help="Results of `fs-psm certify`; may be repeated.")] = (),
+):
+    """Print a table of the paper with rows of ours beside it, as Markdown."""
+    from .evaluation.tables import format_paper_table
+
+    typer.echo(format_paper_table(paper, results))
 
 
 @app.command()

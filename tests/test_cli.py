@@ -15,8 +15,10 @@ from tiny_models import MEAN, SIZE, STD, images, llava, psm_model, smoothed_towe
 from transformers import CLIPImageProcessorPil
 
 from fs_psm_hf import Certificate, attach, certify_scores
-from fs_psm_hf.certification.folder import ResultsFile, image_name
-from fs_psm_hf.cli import _load_tower, main
+from fs_psm_hf.certification.folder import image_name
+from fs_psm_hf.certification.results_file import ResultsFile
+from fs_psm_hf.cli import main
+from fs_psm_hf.inputs import load_tower
 
 
 @pytest.fixture
@@ -76,11 +78,13 @@ def test_certify_writes_certificates_and_a_table(monkeypatch, capsys, tmp_path, 
     assert (header["kind"], header["sigma"], header["seed"], header["epsilons"]) == ("header", 0.25, 4, [0.1, 0.2])
     assert [line["file"] for line in images] == ["a.png", "b.jpg", "sub/c.png"]
     assert [row["method"] for row in summary["rows"]] == ["cdf", "plugin"]
-    assert summary["command"].startswith("fs-psm certify --tower tower --images images --output out.jsonl")
+    assert summary["command"].startswith(
+        "fs-psm certify --output out.jsonl --tower tower --images images --num-samples"
+    )
     assert str(tmp_path) not in output.read_text()
     # The certificates are those of the saved scores.
     for line in images:
-        scores = np.load(tmp_path / "scores" / f"{image_name(line['file'])}.npy")
+        scores = load_file(tmp_path / "scores" / f"{image_name(line['file'])}.safetensors")["scores"].numpy()
         assert scores.shape == (300,)
         for entry in line["certificates"]:
             certificate = Certificate.from_dict(entry)
@@ -114,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_result(monkeypatch, tmp_path, tower, f
     assert run(monkeypatch, "certify", "--tower", tower, "--images", folder, "--output", whole, *options) == 0
     command = ["certify", "--tower", str(tower), "--images", str(folder), "--output", str(killed), *options]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from fs_psm_hf.cli import _load_tower, main; main()", *command],
+        [sys.executable, "-c", "from fs_psm_hf.cli import main; main()", *command],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stderr=subprocess.DEVNULL,
     )
@@ -149,7 +153,7 @@ def test_other_models_are_smoothed_on_the_way_in(kind, monkeypatch, tmp_path, fo
     (certificate, _) = lines(output)[1]["certificates"]
     assert certificate["feature_layer"] == (-2 if kind == "llava" else None)
     if kind == "clip":  # the embedding after the projection, 24 wide, not the 32 before it
-        tower, _ = _load_tower(str(tmp_path / "model"), None, None, None, None)
+        tower, _ = load_tower(str(tmp_path / "model"), None, None, None, None)
         assert tower.clean_features(images(1), "pooled").shape == (1, 24)
 
 
@@ -158,13 +162,13 @@ def test_settings_reach_a_smoothed_host_too(tmp_path, processor):
     attach(host, sigma=0.1, num_samples=2, processor=processor)
     host.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    tower, _ = _load_tower(str(tmp_path), None, None, 0.5, 16)
+    tower, _ = load_tower(str(tmp_path), None, None, 0.5, 16)
     assert (tower.config.sigma, tower.config.num_samples) == (0.5, 16)
-    tower, _ = _load_tower(str(tmp_path), None, None, None, None)
+    tower, _ = load_tower(str(tmp_path), None, None, None, None)
     assert (tower.config.sigma, tower.config.num_samples) == (0.1, 2)
     psm_model(mapper=False).save_pretrained(tmp_path / "psm")
     with pytest.raises(ValueError, match="`--psm` must not be given"):
-        _load_tower(str(tmp_path), str(tmp_path / "psm"), None, None, None)
+        load_tower(str(tmp_path), str(tmp_path / "psm"), None, None, None)
 
 
 @pytest.mark.parametrize("kind", ["llava", "plain"])
@@ -214,7 +218,7 @@ def test_rows_of_the_metadata_choose_the_images(monkeypatch, tmp_path, tower, fo
         (["--where", "split=x"], "`--where` must be COLUMN=VALUE"),
         (["--images", "nowhere"], "`--images` must be a folder, got nowhere"),
         (["--device", "tpu9"], "`--device` must be one torch can use here, got tpu9"),
-        (["--num-samples", "0"], "`num_samples` must be an integer >= 1, got 0"),
+        (["--num-samples", "0"], "`--num-samples` must be >= 1, got 0"),
         (["--tower", "nowhere/nothing"], "`--tower` must be a model folder or a Hub id, got nowhere/nothing"),
         (["--psm", "TOWER"], "does not fit PSMModel"),
     ],

@@ -1,22 +1,303 @@
-"""Certify a folder of images into a JSON-lines file that survives a kill at any moment."""
+"""Certify a folder of images, or scores saved from one, into a results file."""
 
-import contextlib
 import dataclasses
 import hashlib
-import json
-import os
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..configuration_fs_psm import check_smoothing
 from ..noise import resolve_seed
-from .certificate import Certificate, certify_scores
-from .certify import model_name, null_level_of_sum, psm_name, score_images
+from .adaptive import certify_stream, check_adaptive, look_schedule
+from .certificate import BAND_METHODS, certify_scores
+from .certify import draw_scores, null_level_of_sum
+from .identity import describe, model_name, psm_name, vector_hash
+from .labels import Classifier, certify_logits
+from .results_file import ResultsFile, versions
+from .saved import load_draws, save_draws
+
+
+CURVE_METHODS = ("plugin", "betting", "cdf")
+_CURVE_POINTS = 61
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of the scores of an image; the model is not needed to answer it.
+
+    Args:
+        methods (`tuple[str, ...]`): see `certify_scores`; the first is the one that may stop early.
+        num_samples (`int`): draws to use.
+        classifier ([`Classifier`], *optional*): also certify the label.
+        curve (`bool`): also bound the cosine on a fine grid of radii, for a picture.
+
+    The other arguments are those of `certify_features`.
+    """
+
+    methods: tuple[str, ...] = ("cdf", "plugin")
+    epsilons: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75)
+    num_samples: int = 10_000
+    alpha: float = 1e-3
+    level: float = 0.5
+    beta: float = 0.05
+    target_radius: float | None = None
+    tolerance: float | None = None
+    classifier: Classifier | None = None
+    curve: bool = False
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the draws may stop early."""
+        return check_adaptive(self.target_radius, self.tolerance, self.methods[0])
+
+    def check(self, sigma):
+        """Refuse what cannot be asked, before hours of draws."""
+        if not self.methods:
+            raise ValueError("`--method` must be given at least once")
+        check_adaptive(self.target_radius, self.tolerance, self.methods[0])
+        for method in self.methods:
+            certify_scores([0.5, 0.5], method=method, sigma=sigma, **self._options())
+
+    def _options(self):
+        return {"epsilons": self.epsilons, "alpha": self.alpha, "level": self.level, "beta": self.beta}
+
+    def answer(self, draws, sigma, served_samples) -> dict:
+        """The entries of one image's line: `certificates`, and `label` where there is a classifier."""
+        looks = draws.num_looks
+        if self.adaptive:
+            if looks > 1:
+                raise ValueError("`--target-radius` and `--tolerance` need scores that did not stop early themselves")
+            looks = len(look_schedule(self.num_samples))
+        tokens = len(draws.anchor) if draws.anchor.ndim == 2 else 1
+        taken, found = self.num_samples, []
+        for method in self.methods:
+            served = {"deployed_samples": served_samples} if served_samples and method in BAND_METHODS else {}
+            options = {"method": method, "sigma": sigma, **self._options(), **served}
+            options["alpha"] = self.alpha / tokens
+            if self.adaptive and not found:
+                certified = certify_stream(
+                    draws.take, self.num_samples, target_radius=self.target_radius, tolerance=self.tolerance, **options
+                )
+                first = certified if tokens == 1 else certified[0]
+                taken = first.num_samples
+            else:
+                # Where the draws ended depends on them: every statement about them pays for the looks, not the first alone.
+                certified = certify_scores(draws.take(taken), **options | {"alpha": options["alpha"] / looks})
+            for token, certificate in enumerate([certified] if tokens == 1 else certified):
+                own = {} if certificate.alpha is None else {"alpha": options["alpha"]}
+                if tokens > 1:
+                    own |= {"token": token, "joint_alpha": certificate.alpha and self.alpha}
+                found.append(dataclasses.replace(certificate, num_looks=looks, **own, **draws.record))
+        line = {"certificates": [certificate.to_dict() for certificate in found]}
+        if self.curve and tokens == 1:
+            line["curve"] = self._curve(draws.take(taken), sigma, served_samples, looks)
+        if self.classifier is not None:
+            line["label"] = self._label(draws, taken, sigma, served_samples, looks).to_dict()
+        return line
+
+    def _curve(self, scores, sigma, served_samples, num_looks):
+        """Bounds on the inner product from 0 to 3 σ: the paper's estimate, its valid counterpart, and ours."""
+        grid = np.linspace(0.0, 3.0 * sigma, _CURVE_POINTS)
+        options = {"sigma": sigma, "epsilons": grid, "alpha": self.alpha / num_looks, "level": self.level}
+        found = {"epsilons": grid.tolist()}
+        for method in CURVE_METHODS:
+            served = (
+                {"deployed_samples": served_samples, "beta": self.beta} if method == "cdf" and served_samples else {}
+            )
+            certificate = certify_scores(scores, method=method, **options, **served).to_dict()
+            found[method] = {name: certificate[name] for name in ("inner_product_bounds", "radius", "abstained")}
+            if served:
+                found["deployed"] = {"inner_product_bounds": certificate["deployed"]["inner_product_bounds"]}
+        return found
+
+    def _label(self, draws, taken, sigma, served_samples, looks):
+        features = draws.features
+        if features is None:
+            raise ValueError("`--labels` needs saved features: draw them again with --save-features")
+        features = torch.cat(features) if isinstance(features, list) else features
+        width = self.classifier.weight.shape[1]
+        if features.shape[1] != width:
+            raise ValueError(f"`--labels` has {width} values per class, must have {features.shape[1]} as the feature")
+        certificate = certify_logits(
+            self.classifier.logits(features[:taken]).numpy(), self.classifier, sigma=sigma, alpha=self.alpha / looks,
+            beta=self.beta, deployed_samples=served_samples,
+        )  # fmt: skip
+        record = {name: value for name, value in draws.record.items() if name != "anchor"}
+        record |= {"alpha": self.alpha, "num_looks": looks, "classifier": self.classifier.hash}
+        return dataclasses.replace(certificate, **record)
+
+    def settings(self) -> dict:
+        """For the header of a results file."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "classifier"}
+        return values | {"classifier": self.classifier and self.classifier.hash}
+
+
+def certify_folder(
+    tower, processor, root, files, output, question, *, anchor="clean", feature="tokens", per_token=False, center=None,
+    seed=None, resume=False, progress=True, save_scores=None, save_features=False, settings=None, command=None,
+):  # fmt: skip
+    """Certify images one by one, each method from the same draws, writing each as soon as it is done.
+
+    Under `accelerate launch` the images are split among the processes; the results file is the same.
+
+    Args:
+        tower ([`SmoothedVisionTower`]): what is certified.
+        processor: its image processor.
+        root (`Path`), files (`list[str]`): folder, and the images in it by relative path.
+        output (`Path`): JSON-lines file: header, one line per image or unreadable file, summary.
+        question ([`Question`]): what is asked of the scores.
+        seed (`int`, *optional*): of the noise; the operating system's where not given, and recorded.
+        save_scores (`Path`, *optional*): folder for the scores themselves; see `saved`.
+        save_features (`bool`): save the unit features beside them, which label questions need.
+        settings (`dict`, *optional*): further facts for the header; a resumed file must agree with all of them.
+        command (`str`, *optional*): what was typed, for the summary.
+
+    The other arguments are those of [`certify_features`].
+
+    Returns:
+        `tuple[ResultsFile, list[str]]`: the finished file, and the images that could not be read; `None` in every
+        process but the first.
+
+    Raises:
+        ValueError: nothing to certify, settings out of range, or an output made with other settings.
+    """
+    if not files:
+        raise ValueError(f"`images` {root} holds no image")
+    sigma = tower.config.sigma
+    check_smoothing(sigma, question.num_samples)
+    question.check(sigma)
+    if save_features and save_scores is None:
+        raise ValueError("`--save-features` needs `--save-scores`, the folder to save them in")
+    served = tower.config.num_samples if tower.serves(feature) and center is None and not per_token else None
+    asked = {
+        **(settings or {}), **question.settings(), "sigma": sigma, "served_samples": served,
+        "anchor": anchor, "feature": feature, "per_token": per_token, "center": center is not None and vector_hash(center),
+        **describe(tower), "model": model_name(tower), "psm": psm_name(tower), "device": tower.device.type,
+        "max_batch_size": tower.config.max_batch_size, "seed": resolve_seed(seed),
+        "seed_source": "os" if seed is None else "given",
+    }  # fmt: skip
+    state = PartialState(cpu=tower.device.type == "cpu")
+    adopt = ("seed",) if seed is None or state.process_index > 0 else ()
+    if state.process_index == 0:
+        results = ResultsFile(output, asked, resume, adopt)
+    state.wait_for_everyone()
+    if state.process_index > 0:
+        results = ResultsFile(output, asked, adopt=adopt, part=state.process_index)
+    state.wait_for_everyone()  # nobody writes a part before all have read
+    seed = results.settings["seed"]
+    progress = progress and state.is_local_main_process
+
+    null_cosine = None
+    if state.process_index == 0:
+        null_cosine = _null_cosine(tower, processor, root, files, feature, center, progress)
+    todo = [name for name in files if name not in results.done]
+    mine = todo[state.process_index :: state.num_processes]
+    keep = save_features or question.classifier is not None
+    with tqdm(total=len(mine) * question.num_samples, unit="draw", disable=not progress) as bar:
+        for number, name in enumerate(mine):
+            try:
+                pixels = read_image(Path(root) / name, processor).to(tower.device)
+            except OSError as error:
+                results.append(
+                    {"kind": "error", "file": name, "error": str(error).replace(str(root), Path(root).name)}
+                )
+                continue
+            (draws,) = draw_scores(
+                tower, pixels, anchor=anchor, feature=feature, center=center, per_token=per_token, generator=seed,
+                image_ids=[image_name(name)], keep=keep, progress=bar,
+            )  # fmt: skip
+            draws.record["seed_source"] = results.settings["seed_source"]
+            line = question.answer(draws, sigma, served)
+            if save_scores is not None:
+                looks = len(look_schedule(question.num_samples)) if question.adaptive else 1
+                facts = {"file": name, "sigma": sigma, "served_samples": served, "num_looks": looks}
+                draws.features = draws.features if save_features else None
+                save_draws(save_scores, draws, draws.take(len(draws.values)), facts)
+            results.append({"kind": "image", "file": name, **line})
+            bar.update((number + 1) * question.num_samples - bar.n)  # where it stopped early
+            bar.set_postfix_str(f"radius {line['certificates'][0]['radius']:.3f}")
+    state.wait_for_everyone()
+    if state.process_index > 0:
+        return None
+    facts = {"null_cosine": null_cosine, "command": command, "versions": versions()}
+    unreadable = results.close(files, lambda lines: summarize(lines) | facts)
+    return results, unreadable
+
+
+def certify_saved(folder, output, question, *, served_samples=None, command=None):
+    """Answer a question from saved scores: no model, no images.
+
+    Args:
+        folder (`Path`): written by `certify_folder(..., save_scores=...)`.
+        question ([`Question`]): `num_samples=0` takes all that were saved.
+        served_samples (`int`, *optional*): another n₀ for the `deployed` part.
+
+    Returns:
+        [`ResultsFile`]
+
+    Raises:
+        ValueError: as `certify_folder`, or the saved scores cannot answer it.
+    """
+    saved = load_draws(folder)
+    sigma = saved[0].facts["sigma"]
+    question.check(sigma)
+    served = saved[0].facts["served_samples"]
+    if served_samples is not None and served is None:
+        raise ValueError("`--served-samples` is no question for this feature: the host is not served a mean of it")
+    served = served_samples or served
+    shared = {name: value for name, value in saved[0].record.items() if name != "image_id"}
+    settings = question.settings() | {"from_scores": Path(folder).resolve().name, "sigma": sigma, **shared}
+    results = ResultsFile(output, settings | {"served_samples": served})
+    for draws in saved:
+        asked = question if question.num_samples else dataclasses.replace(question, num_samples=draws.num_samples)
+        results.append({"kind": "image", "file": draws.facts["file"], **asked.answer(draws, sigma, served)})
+    anchors = torch.stack([draws.anchor.double() for draws in saved])
+    alike = len(saved) > 1 and shared["anchor"] == "clean" and anchors.ndim == 2
+    null_cosine = null_level_of_sum(anchors.sum(0), len(anchors)) if alike else None
+    facts = {"null_cosine": null_cosine, "command": command, "versions": versions()}
+    results.close([draws.facts["file"] for draws in saved], lambda lines: summarize(lines) | facts)
+    return results
+
+
+def summarize(lines) -> dict:
+    """Means over the images: what the closing table prints, as data."""
+    groups = {}
+    for line in lines:
+        for entry in line["certificates"]:
+            groups.setdefault(entry["method"], []).append(entry)
+    rows = []
+    for method, group in groups.items():
+        rows.append(
+            {
+                "method": method,
+                "is_certificate": group[0]["is_certificate"],
+                "images": len(lines),
+                "certificates": len(group),
+                "epsilons": group[0]["epsilons"],
+                "mean_num_samples": float(np.mean([c["num_samples"] + c["num_pilot"] for c in group])),
+                "mean_robustness_score": float(np.mean([c["robustness_score"] for c in group])),
+                "mean_inner_product_bounds": np.mean([c["inner_product_bounds"] for c in group], 0).tolist(),
+                "mean_radius": _mean([c["radius"] for c in group]),
+                "abstained": sum(c["abstained"] for c in group),
+            }
+        )
+        if group[0]["deployed"] is not None:
+            served = np.mean([c["deployed"]["inner_product_bounds"] for c in group], 0).tolist()
+            rows[-1]["mean_deployed_inner_product_bounds"] = served
+    labels = [line["label"] for line in lines if "label" in line]
+    found = {"rows": rows}
+    if labels:
+        found["labels"] = {
+            "images": len(labels),
+            "mean_radius": _mean([c["radius"] for c in labels]),
+            "mean_hard_vote_radius": _mean([c["hard_vote_radius"] for c in labels]),
+            "abstained": sum(c["abstained"] for c in labels),
+        }
+    return found
 
 
 def image_name(path):
@@ -38,205 +319,36 @@ def read_image(path, processor):
     return processor(images=picture, return_tensors="pt")["pixel_values"].float()
 
 
-class ResultsFile:
-    """JSON lines, one per finished image, behind a header that says what was asked.
+def mean_feature(tower, processor, root, files, feature, progress=False):
+    """Mean raw clean feature of a folder's readable images, `(num_features,)` float32: a `center`."""
+    total, count = 0.0, 0
+    for features in _clean_features(tower, processor, root, files, feature, progress, desc="center", unit=False):
+        total, count = total + features, count + 1
+    if count == 0:
+        raise ValueError(f"`--center` {root} holds no readable image")
+    return (total / count).float()
 
-    A line counts once its newline is on disk; a half-written last line is dropped on resume.
 
-    Args:
-        path (`Path`): the file.
-        settings (`dict`): what was asked; JSON-safe.
-        resume (`bool`): go on with an existing file.
-        adopt (`tuple[str, ...]`): settings that an existing file decides.
+def _null_cosine(tower, processor, root, files, feature, center, progress):
+    """Mean cosine of different images of a folder, all tokens as one vector."""
+    total, count = 0.0, 0
+    for features in _clean_features(
+        tower, processor, root, files, feature, progress, desc="null level", center=center
+    ):
+        total, count = total + features, count + 1
+    return null_level_of_sum(total, count) if count > 1 else None
 
-    Raises:
-        ValueError: the file exists and `resume` is not set, it holds no header, or it was made with other settings.
-    """
 
-    def __init__(self, path, settings, resume=False, adopt=()):
-        self.path = Path(path)
-        self.settings = json.loads(json.dumps(settings))
-        self.lines = []
-        if self.path.exists():
-            if not resume:
-                raise ValueError(f"`output` {path} exists: use --resume to go on with it, or give another file")
-            self._read(adopt)
-        if not self.lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lines = [{"kind": "header", **self.settings}]
-        # Rewritten whole, then renamed: what was half-written is gone, and a kill here loses nothing.
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(temporary, self.path)
-
-    def _read(self, adopt):
-        complete = self.path.read_text().rpartition("\n")[0]
+def _clean_features(tower, processor, root, files, feature, progress, desc, **options):
+    for name in tqdm(files, desc=desc, unit="image", disable=not progress):
         try:
-            lines = [json.loads(line) for line in complete.splitlines()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`output` {self.path} is damaged before its last line: {error}") from error
-        if not lines:
-            return
-        if not all(isinstance(line, dict) and "kind" in line for line in lines) or lines[0]["kind"] != "header":
-            raise ValueError(f"`output` {self.path} was not written by this command")
-        header = {name: value for name, value in lines[0].items() if name != "kind"}
-        self.settings |= {name: header.get(name) for name in adopt}
-        for name in sorted(header.keys() | self.settings.keys()):
-            if header.get(name) != self.settings.get(name):
-                raise ValueError(
-                    f"`output` {self.path} was made with {name}={header.get(name)!r}, not {self.settings.get(name)!r}: "
-                    "give another file or the same settings"
-                )
-        # Unreadable files get another chance; the summary is made again.
-        self.lines = [lines[0]] + [line for line in lines[1:] if line["kind"] == "image"]
-
-    @property
-    def done(self):
-        """Names of the finished images."""
-        return {line["file"] for line in self.lines if line["kind"] == "image"}
-
-    def append(self, line):
-        """Write one line and wait until it is on disk."""
-        self.lines.append(line)
-        with open(self.path, "a") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def certificates(self):
-        """Every [`Certificate`] in the file."""
-        return [
-            Certificate.from_dict(entry)
-            for line in self.lines
-            if line["kind"] == "image"
-            for entry in line["certificates"]
-        ]
-
-
-def versions():
-    """Versions of what computes, and the commit of this package where it runs from a checkout."""
-    found = {name: metadata.version(name) for name in ("torch", "transformers", "diffusers", "numpy", "scipy")}
-    root = Path(__file__).parents[2]
-    if (root / ".git").exists():
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        with contextlib.suppress(OSError):
-            answer = subprocess.run(git, capture_output=True, text=True)
-            found |= {"fs_psm_hf_commit": answer.stdout.strip()} if answer.returncode == 0 else {}
-    return found
-
-
-def _save_array(path, array):
-    """Write a `.npy` file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as stream:
-        np.save(stream, array)
-    os.replace(temporary, path)
-
-
-def _finite(value):
-    """A number for JSON, which knows no infinity."""
-    return float(value) if np.isfinite(value) else "inf"
-
-
-def summarize(certificates):
-    """Means over the images, one entry per method: what the closing table prints, as data."""
-    groups = {}
-    for certificate in certificates:
-        groups.setdefault(certificate.method, []).append(certificate)
-    return [
-        {
-            "method": method,
-            "is_certificate": group[0].is_certificate,
-            "images": len(group),
-            "epsilons": list(group[0].epsilons),
-            "mean_robustness_score": float(np.mean([c.robustness_score for c in group])),
-            "mean_inner_product_bounds": np.mean([c.inner_product_bounds for c in group], 0).tolist(),
-            "mean_radius": _finite(np.mean([c.radius for c in group])),
-            "abstained": sum(c.abstained for c in group),
-        }
-        for method, group in groups.items()
-    ]
-
-
-def certify_folder(
-    tower, processor, root, files, output, *, settings, methods, epsilons, alpha, level, num_samples, anchor, feature,
-    seed=None, resume=False, progress=True, save_scores=None, command=None,
-):  # fmt: skip
-    """Certify images one by one, each method from the same draws, writing each as soon as it is done.
-
-    Args:
-        tower ([`SmoothedVisionTower`]): what is certified.
-        processor: its image processor.
-        root (`Path`), files (`list[str]`): folder, and the images in it by relative path.
-        output (`Path`): JSON-lines file: header, one line per image or unreadable file, summary.
-        settings (`dict`): further facts for the header; a resumed file must agree with all of them.
-        methods (`list[str]`): such as `["cdf", "plugin"]`.
-        seed (`int`, *optional*): of the noise; the operating system's where not given, and recorded.
-        save_scores (`Path`, *optional*): folder for the scores themselves, `<image id>.npy` of shape `(num_samples,)`.
-        command (`str`, *optional*): what was typed, for the summary.
-
-    The other arguments are those of [`certify_features`].
-
-    Returns:
-        `tuple[list[Certificate], list[str]]`: all certificates in the file, and the files that could not be read.
-
-    Raises:
-        ValueError: nothing to certify, settings out of range, or an output made with other settings.
-    """
-    if not files:
-        raise ValueError(f"`images` {root} holds no image")
-    check_smoothing(tower.config.sigma, num_samples)
-    options = {"sigma": tower.config.sigma, "epsilons": epsilons, "alpha": alpha, "level": level}
-    for method in methods:
-        certify_scores([0.5, 0.5], method=method, **options)  # a bad option is refused before hours of draws
-    asked = {
-        **settings, "sigma": tower.config.sigma, "num_samples": num_samples, "served_samples": tower.config.num_samples,
-        "alpha": alpha, "epsilons": list(epsilons), "level": level, "methods": list(methods), "anchor": anchor,
-        "feature": feature, "feature_layer": tower.config.feature_layer, "first_token": tower.config.first_token,
-        "aggregation": tower.config.aggregation, "model": model_name(tower), "psm": psm_name(tower),
-        "dtype": str(tower.dtype).removeprefix("torch."), "device": tower.device.type,
-        "max_batch_size": tower.config.max_batch_size, "seed": resolve_seed(seed),
-    }  # fmt: skip
-    results = ResultsFile(output, asked, resume, adopt=("seed",) if seed is None else ())
-    seed = results.settings["seed"]
-
-    unreadable, total, count = [], 0, 0
-    readable = []
-    for name in tqdm(files, desc="null level", unit="image", disable=not progress):
-        try:
-            pixels = read_image(Path(root) / name, processor)
-        except OSError as error:
-            unreadable.append(name)
-            results.append({"kind": "error", "file": name, "error": str(error)})
-            continue
-        total, count = total + tower.clean_features(pixels.to(tower.device), feature)[0].double(), count + 1
-        readable.append(name)
-    null_cosine = null_level_of_sum(total, count) if count > 1 else None
-
-    todo = [name for name in readable if name not in results.done]
-    with tqdm(total=len(readable), initial=len(readable) - len(todo), unit="image", disable=not progress) as bar:
-        for name in todo:
             pixels = read_image(Path(root) / name, processor).to(tower.device)
-            stream = score_images(
-                tower, pixels, num_samples=num_samples, anchor=anchor, feature=feature, generator=seed,
-                image_ids=[image_name(name)],
-            )  # fmt: skip
-            for scores, record in stream:
-                if save_scores is not None:
-                    _save_array(Path(save_scores) / f"{record['image_id']}.npy", scores)
-                found = []
-                for method in methods:
-                    deployed = method != "plugin" and tower.serves(feature)
-                    served = {"deployed_samples": tower.config.num_samples} if deployed else {}
-                    certificate = certify_scores(scores, method=method, **options, **served)
-                    found.append(dataclasses.replace(certificate, **record))
-                results.append({"kind": "image", "file": name, "certificates": [c.to_dict() for c in found]})
-            bar.update()
-            bar.set_postfix_str(f"radius {found[0].radius:.3f}")
-    certificates = results.certificates()
-    if certificates:
-        summary = {"kind": "summary", "null_cosine": null_cosine, "rows": summarize(certificates)}
-        results.append(summary | {"command": command, "versions": versions()})
-    # The null level belongs to the whole set, which grows when an unreadable file is mended.
-    return [dataclasses.replace(c, null_cosine=null_cosine) for c in certificates], unreadable
+        except OSError:
+            continue
+        yield tower.clean_features(pixels, feature, **options)[0].double()
+
+
+def _mean(values):
+    """A mean for JSON, which knows no infinity."""
+    mean = float(np.mean([float(value) for value in values]))
+    return mean if np.isfinite(mean) else "inf"
