@@ -30,6 +30,47 @@ def test_half_space_attains_the_shift():
     assert np.allclose(bounds.shift(stats.norm.cdf(a / sigma), EPSILONS, sigma), truth, atol=1e-14)
 
 
+def test_half_space_attains_the_upper_shift_too():
+    # Now x' moves away from the plane, or towards it from outside.
+    for a in (-0.6, -0.1, 0.2):
+        truth = stats.norm.cdf((a + EPSILONS) / 0.25)
+        assert np.allclose(bounds.shift_upper(stats.norm.cdf(a / 0.25), EPSILONS, 0.25), truth, atol=1e-13)
+        assert np.allclose(bounds.fcsb_upper(stats.norm.cdf(a / 0.25), EPSILONS, 0.25), 2 * truth - 1, atol=1e-13)
+
+
+def test_upper_and_lower_bounds_enclose_and_mirror():
+    p = np.linspace(0.01, 0.99, 50)[:, None]
+    assert np.all(bounds.shift(p, EPSILONS, 0.25) <= p)
+    assert np.all(bounds.shift_upper(p, EPSILONS, 0.25) >= p - 1e-15)
+    assert np.allclose(bounds.shift_upper(bounds.shift(p, 0.1, 0.25), 0.1, 0.25), p, atol=1e-12)  # there and back
+    assert np.allclose(bounds.fcsb_upper(p, EPSILONS, 0.25), -bounds.fcsb(1 - p, EPSILONS, 0.25), atol=1e-13)
+    assert bounds.shift_upper([0.0, 1.0], 0.7, 0.25).tolist() == [0.0, 1.0]
+
+
+def test_the_upper_shift_of_a_tiny_probability_is_not_rounded_away():
+    """1e-17 is far below the spacing of float64 at 1, but 8.5 sigma away it is more likely than not."""
+    assert bounds.shift_upper(1e-17, 8.5, 1.0) == pytest.approx(ndtr(ndtri(1e-17) + 8.5), abs=1e-9)
+
+
+def test_the_ball_of_a_monotone_score_lies_between_its_layer_cakes():
+    """A score that rises along one direction: every level set is a half-space, so both bounds are met exactly."""
+    sigma, nodes = 0.25, np.linspace(-8, 8, 4001)
+    weights = stats.norm.pdf(nodes) * (nodes[1] - nodes[0])
+    places = np.linspace(-8, 8, 4000) * sigma  # s >= h(place) on one side of the plane through `place`
+
+    def height(y):
+        return 0.5 + 0.4 * np.tanh(2 * y) + 0.05 * (y > 0.1)
+
+    survival, mirrored = ndtr(-places / sigma), ndtr(places / sigma)
+    for epsilon in (0.0, 0.1, 0.4):
+        lowest = (weights * height(sigma * nodes - epsilon)).sum()
+        highest = (weights * height(sigma * nodes + epsilon)).sum()
+        lower = bounds.layer_cake(survival, height(places), epsilon, sigma)
+        upper = bounds.layer_cake_upper(mirrored[::-1], 1 - height(places)[::-1], epsilon, sigma)
+        assert lowest - 2e-3 < lower < lowest + 1e-4
+        assert highest - 1e-4 < upper < highest + 2e-3
+
+
 @pytest.mark.parametrize("shape", [(95, 5), (2, 5), (8, 2), (0.5, 0.5)])
 @pytest.mark.parametrize("epsilon", [0.1, 0.25, 0.5])
 def test_layer_cake_approaches_quadrature_from_below(shape, epsilon):
@@ -90,6 +131,13 @@ def test_radius_is_zero_below_the_level_and_infinite_where_nothing_can_fall():
     assert 0.0 < bounds.layer_cake_radius(*mixed, 0.25, 0.41) < np.inf
 
 
+def test_radius_reaches_the_level_where_a_sure_part_bears_most_of_it():
+    sure, level = (np.array([1.0, 0.9]), np.array([0.7, 0.9])), 0.41
+    # 0.7 + 0.2 Φ(Φ⁻¹(0.9) - r/σ) = (1 + level)/2
+    expected = 0.25 * (ndtri(0.9) - ndtri(0.005 / 0.2))
+    assert bounds.layer_cake_radius(*sure, 0.25, level) == pytest.approx(expected, rel=1e-9)
+
+
 def test_extreme_cases_are_exact():
     p = np.array([0.0, 1e-300, 0.1, 0.5, 1 - 1e-16, 1.0])
     assert np.array_equal(bounds.shift(p, 0.0, 0.25), p)
@@ -138,6 +186,28 @@ def test_deployed_quantile_agrees_with_enumeration(num_draws, beta):
     assert exact - 2.0 * num_draws / 2**18 < quantile <= exact
 
 
+def test_deployed_quantile_of_64_draws_is_a_binomial_quantile():
+    """Scores of 0 and 1: the sum of the served draws is a binomial count."""
+    for epsilon in (0.0, 0.1, 0.3):
+        worst = ndtr(ndtri(0.97) - epsilon / 0.25)
+        exact = stats.binom.ppf(0.05, 64, worst) / 64
+        quantile = bounds.deployed_score(np.array([0.97]), np.array([1.0]), epsilon, 0.25, 64)
+        assert exact - 2e-4 < quantile <= exact + 1e-12
+    simulated = np.random.default_rng(0).choice([0.0, 0.31, 0.77], (200_000, 64), p=[0.03, 0.2, 0.77]).mean(1)
+    quantile = bounds.deployed_score(np.array([0.97, 0.77]), np.array([0.31, 0.77]), 0.0, 0.25, 64)
+    assert quantile == pytest.approx(np.quantile(simulated, 0.05), abs=2e-3)
+
+
+@pytest.mark.parametrize("num_draws", [1, 64])
+def test_deployed_quantile_of_many_rows_is_that_of_each(num_draws):
+    """More rows than fit in memory at once."""
+    survival = np.sort(np.random.default_rng(0).random((40, 3)), axis=1)[:, ::-1]
+    thresholds = np.array([0.3, 0.8, 0.9])
+    together = bounds.deployed_score(survival, thresholds, 0.05, 0.25, num_draws)
+    for row in (0, 15, 16, 31, 32, 39):
+        assert together[row] == bounds.deployed_score(survival[row], thresholds, 0.05, 0.25, num_draws)
+
+
 def test_deployed_quantile_tends_to_the_mean_bound():
     survival, thresholds = step_survival(stats.beta(95, 5), 50)
     mean = bounds.layer_cake(survival, thresholds, 0.1, 0.25)
@@ -157,11 +227,15 @@ def test_deployed_quantile_in_the_extremes():
     [
         (lambda: bounds.fcsb(1.1, 0.1, 0.25), "probability"),
         (lambda: bounds.fcsb(np.nan, 0.1, 0.25), "probability"),
+        (lambda: bounds.fcsb_upper(-0.1, 0.1, 0.25), "probability"),
+        (lambda: bounds.shift_upper(0.9, -0.1, 0.25), "epsilon"),
+        (lambda: bounds.layer_cake_upper(np.array([0.9]), np.array([1.6]), 0.1, 0.25), "thresholds"),
         (lambda: bounds.fcsb(0.9, -0.1, 0.25), "epsilon"),
         (lambda: bounds.fcsb(0.9, 0.1, 0.0), "sigma"),
         (lambda: bounds.certified_radius(0.9, 0.25, 1.5), "level"),
         (lambda: bounds.layer_cake(np.array([0.9, 0.8]), np.array([0.6, 0.5]), 0.1, 0.25), "thresholds"),
         (lambda: bounds.deployed_score(np.array([0.9]), np.array([0.6]), 0.1, 0.25, 0), "num_draws"),
+        (lambda: bounds.deployed_score(np.array([0.9]), np.array([0.6]), 0.1, 0.25, 1025), "num_draws"),
         (lambda: bounds.deployed_score(np.array([0.9]), np.array([0.6]), 0.1, 0.25, 4, 0.0), "beta"),
     ],
 )

@@ -1,46 +1,13 @@
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.special import ndtr, ndtri
 
-from fs_psm_hf.certification import bounds
-from fs_psm_hf.certification.confidence import (
-    clopper_pearson_lower,
-    pilot_thresholds,
-    split_alpha,
-    survival_band,
-)
+from fs_psm_hf.certification.confidence import MEAN_METHODS, clopper_pearson_lower, mean_lower, mean_upper
 
 
-def two_point(low, high, p):
-    return (
-        lambda rng, size: np.where(rng.random(size) < p, high, low),
-        lambda t: np.where(t <= low, 1.0, np.where(t <= high, p, 0.0)),
-        low + (high - low) * p,
-    )
-
-
-def continuous(distribution):
-    return lambda rng, size: distribution.rvs(size, random_state=rng), distribution.sf, distribution.mean()
-
-
-# name: (draw, P(s >= t), mean)
-SHAPES = {
-    "good encoder": continuous(stats.beta(95, 5)),
-    "wide": continuous(stats.beta(8, 2)),
-    "skewed low": continuous(stats.beta(2, 5)),
-    "arcsine": continuous(stats.beta(0.5, 0.5)),
-    "nearly constant": continuous(stats.uniform(0.9, 1e-4)),
-    "real tower": continuous(stats.truncnorm(-26, 14, 0.65, 0.025)),
-    "labels": two_point(0.0, 1.0, 0.97),
-    "two levels": two_point(0.2, 0.9, 0.5),
-    "rare drop": two_point(0.1, 0.95, 0.999),
-}
-each_shape = pytest.mark.parametrize("name", SHAPES)
-
-
-def plausible(violations, trials, alpha):
-    return stats.binomtest(int(violations), trials, alpha, alternative="greater").pvalue > 1e-6
+each_method = pytest.mark.parametrize("method", MEAN_METHODS)
 
 
 @pytest.mark.parametrize("n", [1, 7, 1000])
@@ -65,79 +32,130 @@ def test_clopper_pearson_covers_exactly():
         assert stats.binom.pmf(k, n, p)[lower > p].sum() <= alpha + 1e-12
 
 
-@each_shape
-@pytest.mark.parametrize(("n", "alpha"), [(100, 0.05), (300, 0.05), (300, 1e-3)])
-def test_band_and_bound_cover(name, n, alpha):
-    draw, survival, mean = SHAPES[name]
-    trials = 1500
-    scores = draw(np.random.default_rng(n), (trials, n + 100))
-    thresholds = pilot_thresholds(scores[:, :100])
-    band = survival_band(scores[:, 100:], thresholds, alpha)
-    # `sf` is P(s > t), which for a continuous shape is P(s >= t).
-    wrong = (band > survival(thresholds) + 1e-12).any(axis=1)
-    assert plausible(wrong.sum(), trials, alpha)
-    bound = bounds.layer_cake(band, thresholds, 0.0, 1.0)
-    assert plausible((bound > mean + 1e-12).sum(), trials, alpha)
+def test_hoeffding_by_hand():
+    # exp(-2 n t²) = 0.02 for n = 50: t = 0.197788
+    scores = np.array([0.7, 0.9] * 25)
+    assert mean_lower(scores, 0.02, "hoeffding") == pytest.approx(0.8 - 0.197788, abs=1e-6)
 
 
-@each_shape
-def test_bound_inside_the_ball_is_below_the_population_bound(name):
-    draw, survival, _ = SHAPES[name]
-    scores = draw(np.random.default_rng(1), (300, 600))
-    thresholds = pilot_thresholds(scores[:, :100])
-    bound = bounds.layer_cake(survival_band(scores[:, 100:], thresholds, 0.05), thresholds, 1.0, 1.0)
-    grid = np.linspace(0, 1, 20001)[1:]
-    truth = ndtr(ndtri(np.minimum(survival(grid), 1.0)) - 1.0).mean() + 1 / 20000  # rounded up
-    assert plausible((bound > truth).sum(), 300, 0.05)
+def test_bernstein_by_hand():
+    # Sample variance 0.01 * 50/49, log(2/0.02) = 4.60517: 0.8 - sqrt(2 v log/50) - 7 log/(3 * 49)
+    scores = np.array([0.7, 0.9] * 25)
+    variance = 0.01 * 50 / 49
+    expected = 0.8 - math.sqrt(2 * variance * 4.605170186 / 50) - 7 * 4.605170186 / 147
+    assert mean_lower(scores, 0.02, "bernstein") == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["good encoder", "wide", "arcsine", "labels"])
-def test_the_sample_mean_violates(name):
-    draw, _, mean = SHAPES[name]
-    scores = draw(np.random.default_rng(0), (1500, 400))
-    assert not plausible((scores.mean(axis=1) > mean).sum(), 1500, 0.05)
+def is_refuted(scores, mean, alpha):
+    """The one-sided capital process of Waudby-Smith and Ramdas (2024), bet by bet: does it ever reach 1/alpha?"""
+    capital, total, squares, variance = 1.0, 0.0, 0.0, 0.25
+    for count, score in enumerate(scores, start=1):
+        stake = min(math.sqrt(2 * math.log(1 / alpha) / (len(scores) * variance)), 0.99 / mean)
+        capital *= 1 + stake * (score - mean)
+        if capital >= 1 / alpha:
+            return True
+        total += score
+        squares += (score - (0.5 + total) / (count + 1)) ** 2
+        variance = (0.25 + squares) / (count + 1)
+    return False
 
 
-@pytest.mark.parametrize(("n", "least"), [(1000, 0.66), (10_000, 0.80)])
-def test_tightness_on_a_good_encoder(n, least):
-    """Prototypes gave 0.55 to 0.64 and 0.79; the population bound is 0.85, the paper's plug-in 0.48."""
-    scores = stats.beta(95, 5).rvs((20, n), random_state=np.random.default_rng(0))
-    pilot = max(100, n // 10)
-    thresholds = pilot_thresholds(scores[:, :pilot])
-    bound = bounds.layer_cake(survival_band(scores[:, pilot:], thresholds, 1e-3), thresholds, 1.0, 1.0)
-    assert bounds.inner_product(bound).mean() > least
+@pytest.mark.parametrize("shape", [(95, 5), (2, 5), (0.5, 0.5)])
+@pytest.mark.parametrize("alpha", [0.05, 1e-3])
+def test_betting_is_the_edge_of_what_the_capital_process_refutes(shape, alpha):
+    for seed in range(5):
+        scores = np.random.default_rng(seed).beta(*shape, 30)
+        lower = mean_lower(scores, alpha, "betting")
+        assert 0.0 < lower < scores.mean()
+        assert is_refuted(scores, lower - 1e-9, alpha)
+        assert not is_refuted(scores, lower + 1e-9, alpha)
+        for mean in np.linspace(0.01, 0.99, 99):  # the refuted means are an interval
+            assert is_refuted(scores, mean, alpha) == (mean <= lower)
 
 
-def test_scores_of_0_and_1_pay_nothing_for_the_thresholds():
-    scores = np.random.default_rng(0).random(2000) < 0.96
-    thresholds = pilot_thresholds(scores[:200])
-    bound = bounds.layer_cake(survival_band(scores[200:], thresholds, 1e-3), thresholds, [0.0, 0.3], 0.25)
-    lower = clopper_pearson_lower(scores[200:].sum(), 1800, 1e-3)
-    assert np.allclose(bound, bounds.shift(lower, [0.0, 0.3], 0.25), atol=1e-12)
+def test_betting_believes_the_best_moment_of_the_capital():
+    """What was refuted once stays refuted, so the order counts: here the good news comes first, or last."""
+    scores = np.concatenate([np.full(60, 0.9), np.full(40, 0.7)])
+    first, last = mean_lower(np.stack([scores, scores[::-1]]), 1e-3)
+    assert 0.7 < last < first < scores.mean()
+    assert is_refuted(scores, first - 1e-9, 1e-3)
+    assert not is_refuted(scores, first + 1e-9, 1e-3)
+    # Never above the sample mean, even where an early lucky streak refuted more.
+    lucky = np.concatenate([np.full(60, 0.9), np.full(40, 0.2)])
+    assert mean_lower(lucky, 1e-3) == pytest.approx(lucky.mean(), abs=1e-12)
+    assert is_refuted(lucky, lucky.mean() + 0.01, 1e-3)
 
 
+@each_method
+def test_upper_is_lower_mirrored(method):
+    scores = np.random.default_rng(0).beta(8, 2, (3, 400))
+    upper = mean_upper(scores, 0.01, method)
+    assert np.all((upper > scores.mean(-1)) & (upper <= 1.0))
+    assert np.allclose(upper, 1.0 - mean_lower(1.0 - scores, 0.01, method), atol=1e-15)
+    if method == "hoeffding":  # symmetric about the mean
+        assert np.allclose(upper + mean_lower(scores, 0.01, method), 2 * scores.mean(-1), atol=1e-12)
+
+
+@each_method
+def test_upper_covers(method):
+    trials, alpha = 1000, 0.05
+    scores = np.random.default_rng(0).beta(2, 5, (trials, 200))
+    wrong = int((mean_upper(scores, alpha, method) < 2 / 7).sum())
+    assert stats.binomtest(wrong, trials, alpha, alternative="greater").pvalue > 1e-6
+
+
+@each_method
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
-def test_equal_scores(value):
-    scores = np.full(500, value)
-    thresholds = pilot_thresholds(scores[:100])
-    bound = bounds.layer_cake(survival_band(scores[100:], thresholds, 1e-3), thresholds, 0.0, 1.0)
-    assert bound == pytest.approx(value * 1e-3 ** (1 / 400), rel=1e-12)
+def test_equal_scores(method, value):
+    lower = mean_lower(np.full(1000, value), 1e-3, method)
+    expected = {
+        "hoeffding": max(value - math.sqrt(math.log(1000) / 2000), 0.0),
+        "bernstein": max(value - 7 * math.log(2000) / 2997, 0.0),
+    }
+    if method in expected:
+        assert lower == pytest.approx(expected[method], abs=1e-12)
+    elif value == 0.0:
+        assert lower == 0.0
+    else:
+        # Without variance the stakes reach 0.99/m: hardly worse than risking all, which needs (value/m)^n = 1/alpha.
+        assert value * 0.98 < lower < value * 1e-3 ** (1 / 1000)
 
 
-def test_thresholds_are_ordered_and_spread():
-    thresholds = pilot_thresholds(stats.beta(95, 5).rvs((3, 200), random_state=np.random.default_rng(0)))
-    assert thresholds.shape == (3, 32)
-    assert np.all(np.diff(thresholds) >= 0)
-    assert thresholds.min() >= 0
-    assert thresholds.max() <= 1
-    assert pilot_thresholds(np.zeros(0), 8).tolist() == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
+@each_method
+@pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
+def test_one_score(method, score):
+    lower = mean_lower([score], 0.3, method)
+    assert lower.shape == ()
+    assert 0.0 <= lower <= score
+    # 0 or `score`, the latter with probability 0.3 or less: more than 0.3 of it would be wrong too often.
+    assert lower <= 0.3 * score + 1e-12
 
 
-def test_alpha_is_spent_once_and_not_on_ties():
-    split = split_alpha(np.array([0.0, 0.2, 0.2, 0.5]), 0.01)
-    assert split[[0, 1]].tolist() == [0.0, 0.0]
-    assert split[3] == pytest.approx(0.8 * split[2])
-    assert 0.01 * (1 - 1e-11) < split.sum() <= 0.01
+@each_method
+def test_a_smaller_alpha_and_fewer_scores_say_less(method):
+    scores = np.random.default_rng(0).beta(95, 5, 2000)
+    by_alpha = [mean_lower(scores, alpha, method) for alpha in (0.1, 1e-2, 1e-3, 1e-6)]
+    assert np.all(np.diff(by_alpha) < 0)
+    by_count = [mean_lower(scores[:n], 1e-3, method) for n in (100, 500, 2000)]
+    assert np.all(np.diff(by_count) > 0)
+    assert by_count[-1] < scores.mean()
+
+
+def test_the_sharper_methods_are_sharper_on_a_good_encoder():
+    scores = np.random.default_rng(0).beta(95, 5, (20, 10_000))
+    hoeffding, bernstein, betting = (mean_lower(scores, 1e-3, m).mean() for m in MEAN_METHODS)
+    assert hoeffding + 0.01 < bernstein < betting < 0.95
+    assert betting > 0.95 - 1.3 * np.sqrt(2 * 95 * 5 / 100**2 / 101 * math.log(1000) / 10_000)  # the Gaussian width
+
+
+@each_method
+def test_images_broadcast(method):
+    scores = np.random.default_rng(0).beta(8, 2, (2, 3, 50))
+    lower = mean_lower(scores, 0.05, method)
+    assert lower.shape == (2, 3)
+    for index in np.ndindex(2, 3):
+        assert lower[index] == mean_lower(scores[index], 0.05, method)
+    assert np.allclose(mean_lower(scores.astype(np.float32), 0.05, method), lower, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +163,17 @@ def test_alpha_is_spent_once_and_not_on_ties():
     [
         (lambda: clopper_pearson_lower(1, 0, 0.1), "n"),
         (lambda: clopper_pearson_lower(6, 5, 0.1), "successes"),
+        (lambda: clopper_pearson_lower(-1, 5, 0.1), "successes"),
         (lambda: clopper_pearson_lower(1, 5, 1.0), "alpha"),
-        (lambda: pilot_thresholds(np.zeros(5), 5), "m"),
-        (lambda: survival_band(np.zeros(0), np.array([0.5]), 0.1), "scores"),
-        (lambda: survival_band(np.zeros(5), np.array([0.5]), 0.0), "alpha"),
+        (lambda: mean_lower([], 0.1), "scores"),
+        (lambda: mean_lower(0.5, 0.1), "scores"),
+        (lambda: mean_lower([0.5, 1.1], 0.1), "scores"),
+        (lambda: mean_lower([0.5, np.nan], 0.1), "scores"),
+        (lambda: mean_lower([0.5], 0.0), "alpha"),
+        (lambda: mean_lower([0.5], 1.0), "alpha"),
+        (lambda: mean_lower([0.5], 0.1, "cdf"), "method"),
+        (lambda: mean_upper([0.5, -0.1], 0.1), "scores"),
+        (lambda: mean_upper([0.5], 0.1, "best"), "method"),
     ],
 )
 def test_bad_input_is_named(call, name):

@@ -8,16 +8,20 @@ import json
 from pathlib import Path
 
 
+NAMES = {"plugin": "plug-in", "betting": "FCSB, betting", "cdf": "cdf"}
+
+
 def rows(path):
-    """Markdown rows of one results file: plug-in beside certificate, and the null level."""
+    """Markdown rows of one results file: a row per method, and the null level."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     header, end = lines[0], lines[-1]
     for row in end["rows"]:
-        name = f"cdf, {100 * (1 - header['alpha']):g} %" if row["is_certificate"] else "plug-in, no confidence"
+        confidence = f"{100 * (1 - header['alpha']):g} %" if row["is_certificate"] else "no confidence"
         bounds = " | ".join(f"{bound:.3f}" for bound in row["mean_inner_product_bounds"])
         cosine = 2 * row["mean_robustness_score"] - 1
-        yield f"| {header['sigma']:g} | {name} | {cosine:.3f} | {bounds} | {row['mean_radius']:.3f} |"
-    yield f"| {header['sigma']:g} | null level | {end['null_cosine']:.3f} | | | | | | |"
+        start = f"| {header['sigma']:g} | {row['images']} × {row['mean_num_samples']:,.0f} | {NAMES[row['method']]}, {confidence}"
+        yield f"{start} | {cosine:.3f} | {bounds} | {row['mean_radius']:.3f} |"
+    yield f"| {header['sigma']:g} | {end['rows'][0]['images']} images | null level | {end['null_cosine']:.3f} | | | | | | |"
 
 
 def main():

@@ -83,7 +83,7 @@ def expected_radius(scores, num_samples, alpha, sigma, level):
     """Radius that `num_samples` scores would certify if they were spread like these: a forecast, not a bound.
 
     The sorted scores at the ranks of the larger sample are taken from the smaller one, and its smallest score where it
-    has none so low, which is on the hopeful side.
+    has none so low. A target close to what can be reached may be given up for it; the certificate is valid all the same.
     """
     scores = np.sort(np.atleast_2d(clean_scores(scores)[0]), axis=-1)
     ranks = spread_ranks(num_samples)

@@ -19,7 +19,7 @@ _RANK_DECAY = 0.85
 # The share of a rank is enlarged by at most this much in search of the exact one, and only as long as the joint error
 # probability, plus the worst error of its computation, stays below alpha.
 _CALIBRATIONS = 10
-_COVERAGE_ERROR = 1e-9
+_COVERAGE_ERROR, _COVERAGE_ERROR_PER_SAMPLE = 1e-9, 1e-14
 
 NUM_THRESHOLDS = 32
 # Places below the smallest pilot score, in units of (median - smallest): see `pilot_thresholds`.
@@ -80,10 +80,11 @@ def calibrated_levels(n, alpha, ranks, decay=_RANK_DECAY):
         return np.maximum.accumulate(lower[::-1])[::-1]  # survival is monotone
 
     # A union bound needs no further argument; the ranks depend on each other, so the exact share is larger.
-    share, too_much = alpha * (1.0 - 1e-12), min(4.0 * alpha, 0.5)
+    share, too_much = alpha * (1.0 - 1e-12), min(4.0 * alpha, 1.0)
+    error = _COVERAGE_ERROR + _COVERAGE_ERROR_PER_SAMPLE * n
     for _ in range(_CALIBRATIONS):
         middle = np.sqrt(share * too_much)
-        if 1.0 - coverage(n, ranks, survival(middle)) <= alpha - _COVERAGE_ERROR:
+        if 1.0 - coverage(n, ranks, survival(middle)) <= alpha - error:
             share = middle
         else:
             too_much = middle
@@ -99,7 +100,7 @@ def coverage(n, ranks, survival):
     The number of uniform samples below `1 - survival_j` must be at least i_j. Given their total n, these numbers are
     those of a Poisson process, whose distribution is carried from place to place by a convolution, dropping what has
     failed (Moscovich and Nadler 2017). What lies beyond ten standard deviations is dropped too, which can only lower
-    the answer; the FFT's rounding is far below `_COVERAGE_ERROR`.
+    the answer. Rounding is below 1e-9 + 1e-14 n.
 
     Args:
         n (`int`): number of samples.

@@ -69,7 +69,11 @@ def fcsb(score, epsilon, sigma):
 
 def shift_upper(probability, epsilon, sigma):
     """Largest probability an event of Gaussian probability `probability` can have: `Φ(Φ⁻¹(p) + ε/σ)`; as `shift`."""
-    return 1.0 - shift(1.0 - _probability(probability, "probability"), epsilon, sigma)
+    probability = _probability(probability, "probability")
+    epsilon, sigma = _lengths(epsilon, sigma)
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved = ndtr(ndtri(probability) + epsilon / sigma)
+    return np.where((epsilon == 0.0) | (probability == 0.0) | (probability == 1.0), probability, moved)
 
 
 def fcsb_upper(score, epsilon, sigma):
@@ -145,9 +149,11 @@ def layer_cake_radius(survival_lower, thresholds, sigma, level=0.5):
 
     widths = np.diff(thresholds, axis=-1, prepend=0.0)
     z = ndtri(survival)
-    # In units of sigma. Beyond the bracket every step below probability 1 has fallen under the target.
+    # In units of sigma. Steps of probability 1 never fall; beyond the bracket all others together have fallen under what
+    # is then left of the target.
+    left = np.clip(target - np.where(z == np.inf, widths, 0.0).sum(axis=-1), 0.0, 1.0)
     with np.errstate(invalid="ignore"):
-        high = np.where(z < np.inf, z, -np.inf).max(axis=-1) - ndtri(target)
+        high = np.where(z < np.inf, z, -np.inf).max(axis=-1) - ndtri(left)
     high = np.where(np.isfinite(high), np.maximum(high, 0.0), 0.0) + 1.0
     low = np.zeros_like(high)
     for _ in range(_BISECTIONS):

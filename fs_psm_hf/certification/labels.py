@@ -27,8 +27,9 @@ _LOWEST = -1.0 + 1e-9
 class DeployedLabel:
     """The label of the served model, which averages `num_samples` draws.
 
-    For each x' fixed before the serving noise is drawn, with `‖x' - x‖₂ <= radius`, one query answers with another label
-    with probability at most `alpha + beta`, the latter shared among the rival classes (theory, Facts 4 and 5).
+    For each x' fixed before the serving noise is drawn, with `‖x' - x‖₂ < radius`, one query answers with another label
+    with probability at most `alpha + beta`, the latter shared among the rival classes (theory, Facts 4 and 5). A radius
+    of 0 says nothing, not even at x.
     """
 
     num_samples: int
@@ -56,7 +57,8 @@ class LabelCertificate(Certified):
         abstained (`bool`): the label is not certain even at x.
         deployed ([`DeployedLabel`] or `None`): for the mean of the served number of draws.
         hard_vote_label (`int`), hard_vote_radius (`float`): Cohen et al. 2019 from the same draws and confidence: the
-            class that most single draws vote for. That is another classifier, which is not served here: a comparison.
+            class that most single draws vote for, at an error probability of its own. That is another classifier, which
+            is not served here: a comparison.
         classifier (`str`): SHA-256 of text embeddings, or of weight and bias.
     """
 
