@@ -40,8 +40,8 @@ def certify(
         0.125, 0.25, 0.375, 0.5, 0.75,
     ),
     level: Annotated[float, typer.Option(help="Cosine that the radius keeps.")] = 0.5,
-    anchor: Annotated[str, typer.Option(help="clean or smoothed.")] = "clean",
-    feature: Annotated[str, typer.Option(help="tokens, cls or pooled.")] = "tokens",
+    anchor: Annotated[str | None, typer.Option(help="clean or smoothed [clean].")] = None,
+    feature: Annotated[str | None, typer.Option(help="tokens, cls or pooled [tokens].")] = None,
     per_token: Annotated[bool, typer.Option(help="Certify each token by itself.")] = False,
     center: Annotated[Path | None, typer.Option(help="Folder of images whose mean feature is subtracted.")] = None,
     labels: Annotated[Path | None, typer.Option(help="safetensors with text_embeds, or weight and bias: certify the label.")] = None,
@@ -53,24 +53,23 @@ def certify(
     resume: Annotated[bool, typer.Option(help="Go on with an existing output.")] = False,
     save_scores: Annotated[Path | None, typer.Option(help="Folder for the scores of each image.")] = None,
     save_features: Annotated[bool, typer.Option(help="Save the features too, for later label questions.")] = False,
-    from_scores: Annotated[Path | None, typer.Option(help="Answer from saved scores: no model, no images.")] = None,
+    from_scores: Annotated[Path | None, typer.Option(help="Answer from saved scores; choose method, alpha and draws before you look.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the certificates to write.")] = None,
 ):  # fmt: skip
     """Certify every image of a folder; plug-in estimates beside 1 - alpha certificates from the same draws."""
+    given = dict(locals())
     from .certification import format_label_table, format_table
     from .certification.folder import Question, certify_saved
     from .inputs import load_classifier
 
-    given = dict(locals())
-    about_model = ("tower", "images", "psm", "processor", "dtype", "sigma", "center", "where", "limit", "device", "seed",
-                   "max_batch_size", "save_scores")  # fmt: skip
+    about_draws = (
+        "tower", "images", "psm", "processor", "dtype", "sigma", "anchor", "feature", "per_token", "center", "where",
+        "limit", "max_batch_size", "device", "seed", "resume", "save_scores", "save_features",
+    )  # fmt: skip
     if from_scores is not None:
-        wrong = [name for name in about_model if given[name] is not None]
-        if wrong or resume or save_features or per_token:
-            wrong += [name for name in ("resume", "save_features", "per_token") if given[name]]
-            raise ValueError(
-                f"`--from-scores` needs no model and no images, got --{wrong[0].replace('_', '-')} as well"
-            )
+        wrong = [name.replace("_", "-") for name in about_draws if given[name] not in (None, False)]
+        if wrong:
+            raise ValueError(f"`--from-scores` takes the draws as they are, got --{wrong[0]} as well")
     elif tower is None or images is None:
         raise ValueError("`--tower` and `--images` must be given, or `--from-scores`")
     if plot is not None:
@@ -90,10 +89,8 @@ def certify(
     )  # fmt: skip
     command = _command("certify", certify, given)
     if from_scores is not None:
-        results, unreadable = (
-            certify_saved(from_scores, output, question, served_samples=served_samples, command=command),
-            [],
-        )
+        results = certify_saved(from_scores, output, question, served_samples=served_samples, command=command)
+        unreadable = []
     else:
         finished = _certify_images(question, command, given)
         if finished is None:
@@ -116,10 +113,9 @@ def certify(
 
 def _certify_images(question, command, given):
     """The part of `certify` that needs a model; `None` in every process but the first."""
-    from accelerate import PartialState
     from transformers.utils import logging
 
-    from .certification.folder import certify_folder, mean_feature
+    from .certification.folder import certify_folder, mean_feature, one_of_several
     from .certification.identity import short_name
     from .configuration_fs_psm import check_smoothing
     from .inputs import check_device, list_images, load_tower
@@ -128,9 +124,12 @@ def _certify_images(question, command, given):
     check_smoothing(0.25 if sigma is None else sigma, 4 if served is None else served, given["max_batch_size"])
     if limit is not None and limit < 1:
         raise ValueError(f"`--limit` must be >= 1, got {limit}")
+    if given["seed"] is not None and given["seed"] < 0:
+        raise ValueError(f"`--seed` must be >= 0, got {given['seed']}")
+    feature, anchor = given["feature"] or "tokens", given["anchor"] or "clean"
     files = list_images(images, given["where"], limit)
     device = check_device(given["device"])
-    PartialState(cpu=device == "cpu")  # under `accelerate launch`, "cuda" is from here on this process's own
+    one_of_several(device)  # under `accelerate launch`, "cuda" is from here on this process's own
     logging.disable_progress_bar()
     model, processor = load_tower(given["tower"], given["psm"], given["processor"], sigma, served, given["dtype"])
     model = model.to(device)
@@ -138,11 +137,12 @@ def _certify_images(question, command, given):
     center = None
     if given["center"] is not None:
         references = list_images(given["center"], None, None, option="--center")
-        center = mean_feature(model, processor, given["center"], references, given["feature"], progress=True)
+        center = mean_feature(model, processor, given["center"], references, feature, progress=True)
     settings = {"tower": short_name(given["tower"]), "images": images.resolve().name}
-    options = ("anchor", "feature", "per_token", "seed", "resume", "save_scores", "save_features")
+    options = ("per_token", "seed", "resume", "save_scores", "save_features")
     return certify_folder(
         model, processor, images, files, given["output"], question, center=center, command=command,
+        feature=feature, anchor=anchor,
         settings=settings | {name: given[name] for name in ("where", "limit")},
         **{name: given[name] for name in options},
     )  # fmt: skip
@@ -159,7 +159,7 @@ def _command(name, function, given):
         for part in value if several else [value]:
             shown = part.resolve().name if isinstance(part, Path) else part
             if option in ("tower", "psm", "processor"):
-                shown = shown.rpartition("/")[2] if Path(shown).exists() else shown
+                shown = Path(shown).resolve().name if Path(shown).exists() else shown
             words.append(f"--{option.replace('_', '-')}" + ("" if part is True else f" {shown}"))
     return " ".join(words)
 

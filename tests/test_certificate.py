@@ -259,7 +259,7 @@ def test_deployed_is_true_of_served_means():
         ({"epsilons": [np.inf]}, "`epsilons` must be"),
         ({"sigma": 0.0}, "`sigma` must be finite and > 0, got 0.0"),
         ({"sigma": np.nan}, "`sigma` must be"),
-        ({"pilot": 500}, "`pilot` must be from 0 to 499, one less than the scores, got 500"),
+        ({"pilot": 500}, "`pilot` must be an integer from 0 to 499, one less than the scores, got 500"),
         ({"pilot": -1}, "`pilot` must be"),
         ({"level": 1.0}, r"`level` must be in \[0, 1\)"),
         (
@@ -268,7 +268,7 @@ def test_deployed_is_true_of_served_means():
         ),
         ({"method": "plugin", "deployed_samples": 4}, "`deployed_samples` needs `method` cdf, cdf_pilot, best, got"),
         ({"method": "betting", "deployed_samples": 4}, "`deployed_samples` needs"),
-        ({"deployed_samples": 0}, "`num_draws` must be"),
+        ({"deployed_samples": 0}, "`deployed_samples` must be an integer from 1 to 1024, got 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(change, message):

@@ -18,7 +18,7 @@ SIZE = (3, 4, 4)
 class Settings(SimpleNamespace):
     """A configuration with the two things of one that are read."""
 
-    def to_dict(self):
+    def to_diff_dict(self):
         return dict(vars(self))
 
 
@@ -112,6 +112,15 @@ def test_given_anchor_of_known_cosine():
     assert certificate.anchor == "given"
     truth = np.cos(1.0) * np.exp(-(0.25**2) / 2)
     assert certificate.robustness_score == pytest.approx((1 + truth) / 2, abs=0.01)
+
+
+def test_a_given_anchor_that_is_a_little_long_certifies_no_more():
+    encoder = Encoder("rotation")
+    options = {"num_samples": 2000, "generator": 3}
+    exact = torch.tensor([[np.cos(0.3), np.sin(0.3)]], dtype=torch.float32)
+    (long,) = certify_features(encoder, image_at(encoder, 0.0), anchor=1.0009 * exact, **options)
+    (unit,) = certify_features(encoder, image_at(encoder, 0.0), anchor=exact, **options)
+    assert long.inner_product_bounds == pytest.approx(unit.inner_product_bounds, abs=1e-6)
 
 
 def test_result_does_not_depend_on_batch_or_chunk():
@@ -215,7 +224,11 @@ def test_a_feature_that_overflows_gives_no_certificate(bad):
         ({"sigma": 0.0}, {}, "`tower.config.sigma` must be > 0 to certify, got 0.0"),
         ({"aggregation": "mean"}, {}, "`tower.config.aggregation` must be 'unit' to certify, got 'mean'"),
         ({}, {"anchor": "text"}, "`anchor` must be 'clean', 'smoothed' or"),
-        ({}, {"anchor": torch.ones(3, 2)}, "`anchor` must have shape"),
+        ({}, {"anchor": torch.ones(3, 2)}, "`anchor` must hold unit vectors for each of 1 images"),
+        ({}, {"anchor": torch.ones(1, 1)}, r"`anchor` must have shape \(1, 2\), as the feature, got \(1, 1\)"),
+        ({}, {"anchor": np.ones((1, 2))}, "`anchor` must be 'clean', 'smoothed' or a torch.Tensor .* got ndarray"),
+        ({}, {"beta": 1.0}, "`beta` must be strictly between 0 and 1, got 1.0"),
+        ({"num_samples": 2000}, {}, "`deployed_samples` must be an integer from 1 to 1024, got 2000"),
         ({}, {"anchor": torch.ones(1, 2)}, "`anchor` must be finite unit vectors"),
         ({}, {"method": "magic"}, "`method` must be one of"),
         ({}, {"alpha": 2.0}, "`alpha` must be"),

@@ -269,7 +269,7 @@ def test_a_results_file_of_another_kind_is_refused(tmp_path):
         ResultsFile(tmp_path / "y.jsonl", {}, resume=True)
 
 
-@pytest.mark.parametrize("command", [[], ["certify"], ["demo"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["certify"], ["tables"], ["demo"], ["env"]])
 def test_help(command, monkeypatch, capsys):
     assert run(monkeypatch, *command, "--help") == 0
     assert "Usage" in capsys.readouterr().out

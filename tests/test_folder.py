@@ -20,7 +20,9 @@ from fs_psm_hf import certify_labels, certify_scores
 from fs_psm_hf.certification import Certificate, LabelCertificate
 from fs_psm_hf.certification.adaptive import look_schedule
 from fs_psm_hf.certification.folder import image_name, read_image
+from fs_psm_hf.certification.results_file import ResultsFile
 from fs_psm_hf.cli import main
+from fs_psm_hf.inputs import load_classifier, load_tower
 
 
 WIDTH = 24
@@ -92,8 +94,6 @@ def test_saved_scores_answer_without_model_and_images(setting, monkeypatch, caps
 
 
 def test_labels_are_those_of_certify_labels(setting, monkeypatch):
-    from fs_psm_hf.inputs import load_classifier, load_tower
-
     assert run(monkeypatch, *command(setting, "out.jsonl", "--labels", setting / "labels.safetensors")) == 0
     tower, processor = load_tower(str(setting / "tower"))
     texts = load_classifier(setting / "labels.safetensors").weight.float()
@@ -155,6 +155,12 @@ def test_per_token_and_centred_runs(setting, monkeypatch, capsys):
     for line in images_of(setting / "tokens.jsonl"):
         assert len(line["certificates"]) == 2 * 17  # two methods, a class token and 16 patches
         assert {entry["joint_alpha"] for entry in line["certificates"]} == {1e-3, None}
+    # The null level of a token is the mean over the tokens.
+    tower, processor = load_tower(str(setting / "tower"))
+    pictures = [read_image(setting / "images" / f"{i}.png", processor) for i in range(4)]
+    clean = torch.cat([tower.clean_features(p, "tokens", per_token=True) for p in pictures])
+    pairs = [(clean[i] * clean[j]).sum(-1).mean().item() for i in range(4) for j in range(4) if i != j]
+    assert lines(setting / "tokens.jsonl")[-1]["null_cosine"] == pytest.approx(np.mean(pairs), abs=1e-5)
     centred = ["--center", setting / "images", "--feature", "cls", "--num-samples", 200]
     assert run(monkeypatch, *command(setting, "centred.jsonl", *centred)) == 0
     first = Certificate.from_dict(images_of(setting / "centred.jsonl")[0]["certificates"][0])
@@ -210,12 +216,51 @@ def test_two_processes_write_the_file_of_one_also_after_a_kill(setting):
     assert not list(setting.glob("*.part*"))
 
 
+def test_parts_are_those_of_this_file_only(tmp_path):
+    """Names with characters of a pattern, and neighbours whose names only begin alike."""
+    path, neighbour = tmp_path / "run[1].jsonl", tmp_path / "run[1].jsonl.partial-notes"
+    neighbour.write_text("mine")
+    first = ResultsFile(path, {})
+    second = ResultsFile(path, {}, part=1)
+    first.append({"kind": "image", "file": "a", "certificates": []})
+    second.append({"kind": "image", "file": "b", "certificates": []})
+    with pytest.raises(ValueError, match="lacks 1 images, such as c: use --resume"):
+        first.close(["a", "b", "c"], lambda images: {})
+    assert first.close(["a", "b"], lambda images: {"images": len(images)}) == []
+    assert [line.get("file") for line in lines(path)] == [None, "a", "b", None]
+    assert neighbour.read_text() == "mine"
+    assert not (tmp_path / "run[1].jsonl.part1").exists()
+
+
+def test_scores_that_were_not_saved_are_drawn_again_on_resume(setting, monkeypatch):
+    few = ["--num-samples", 100]
+    assert run(monkeypatch, *command(setting, "out.jsonl", *few)) == 0
+    before = lines(setting / "out.jsonl")
+    again = [*few, "--resume", "--save-scores", setting / "scores"]
+    assert run(monkeypatch, *command(setting, "out.jsonl", *again)) == 0
+    assert len(list((setting / "scores").glob("*.safetensors"))) == 4
+    assert lines(setting / "out.jsonl")[:-1] == before[:-1]
+    (setting / "scores" / f"{image_name('2.png')}.safetensors").unlink()
+    assert run(monkeypatch, *command(setting, "out.jsonl", *again)) == 0
+    assert len(list((setting / "scores").glob("*.safetensors"))) == 4
+
+
+def test_bad_options_are_refused_before_any_draw(setting, monkeypatch, capsys):
+    for option, words in (("--beta", "`beta` must be"), ("--served-samples", "`deployed_samples` must be")):
+        assert run(monkeypatch, *command(setting, "out.jsonl", option, 2000)) == 2
+        assert words in capsys.readouterr().err
+    assert not (setting / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--from-scores", "nowhere"], "`--from-scores` must be a folder of saved scores (*.safetensors), got nowhere"),
-        (["--from-scores", "SCORES", "--sigma", 0.5], "`--from-scores` needs no model and no images, got --sigma as well"),
+        (["--from-scores", "SCORES", "--sigma", 0.5], "`--from-scores` takes the draws as they are, got --sigma as well"),
         (["--from-scores", "SCORES", "--resume"], "got --resume as well"),
+        (["--from-scores", "SCORES", "--feature", "tokens"], "got --feature as well"),
+        (["--from-scores", "SCORES", "--beta", 2], "`beta` must be strictly between 0 and 1, got 2.0"),
+        (["--from-scores", "SCORES", "--served-samples", 0], "`deployed_samples` must be an integer from 1 to 1024, got 0"),
         (["--from-scores", "SCORES", "--num-samples", 500], "`num_samples` must be at most the 200 saved scores, got 500"),
         (["--from-scores", "SCORES", "--labels", "LABELS"], "`--labels` needs saved features"),
         (["--from-scores", "SCORES", "--labels", "nowhere"], "`--labels` must be a safetensors file, got nowhere"),
@@ -257,6 +302,7 @@ def test_classes_of_another_width_are_refused(setting, monkeypatch, capsys):
     save_file({"text_embeds": wrong}, setting / "wrong.safetensors")
     assert run(monkeypatch, *command(setting, "out.jsonl", "--labels", setting / "wrong.safetensors")) == 2
     assert "`--labels` has 7 values per class, must have 24 as the feature" in capsys.readouterr().err
+    assert not (setting / "out.jsonl").exists()
     save_file({"weights": wrong}, setting / "names.safetensors")
     assert run(monkeypatch, *command(setting, "out2.jsonl", "--labels", setting / "names.safetensors")) == 2
     assert "must hold `text_embeds`, or `weight` and `bias`" in capsys.readouterr().err

@@ -71,6 +71,16 @@ def test_another_size_of_image_is_refused():
         certificate_of(tower).verify(tower, images(1, size=32))
 
 
+def test_a_tower_in_training_mode_and_half_precision_pixels_are_refused():
+    tower = smoothed_tower(**SETTINGS)
+    certificate = certificate_of(tower)
+    with pytest.raises(ValueError, match="`pixel_values` must be float32, as they were certified, got torch.bfloat16"):
+        certificate.verify(tower, images(1).bfloat16())
+    tower.psm.train()
+    with pytest.raises(ValueError, match="`tower` must be in evaluation mode"):
+        certificate.verify(tower)
+
+
 def test_a_certificate_of_scores_alone_is_about_no_tower():
     with pytest.raises(ValueError, match="does not record the model"):
         certify_scores([0.9] * 200, sigma=0.2).verify(smoothed_tower(**SETTINGS))

@@ -150,6 +150,8 @@ def test_plugin_is_marked_and_everything_survives_json():
         ({"text_embeds": texts(), "alpha": 0.0}, "`alpha` must be strictly"),
         ({"text_embeds": texts(), "num_samples": 1}, "`num_samples` must be >= 2"),
         ({"text_embeds": texts(), "method": "magic"}, "`method` must be one of"),
+        ({"text_embeds": texts(), "method": "cdf_pilot"}, "`method` must be one of"),
+        ({"text_embeds": texts(), "beta": 5.0}, "`beta` must be strictly between 0 and 1, got 5.0"),
         ({"text_embeds": texts(), "feature": "x"}, "`feature` must be one of"),
     ],
 )  # fmt: skip
@@ -177,8 +179,17 @@ def test_per_token_certificates_pay_for_all_tokens():
     cosines = (draws.mean(0) * clean / clean.norm(dim=-1, keepdim=True)).sum(-1)
     assert [2 * c.robustness_score - 1 for c in tokens] == pytest.approx(cosines.tolist(), abs=1e-6)
     assert all(c.score_lower_bound < c.robustness_score and c.deployed is None for c in tokens)
+    # The shares do not hang on the shape of the anchor.
+    with pytest.raises(ValueError, match=r"`anchor` must have shape \(1, 16, 32\), as the feature, got \(1, 1, 32\)"):
+        certify_features(tower, images(1), per_token=True, anchor=torch.full((1, 1, 32), 32**-0.5), **options)
     with pytest.raises(ValueError, match="`per_token` needs `feature` 'tokens', got 'cls'"):
         certify_features(tower, images(1), per_token=True, feature="cls", **options)
+
+
+def test_one_token_is_still_per_token():
+    tower = smoothed_tower(sigma=0.05, num_samples=2, first_token=16)
+    ((certificate,),) = certify_features(tower, images(1), per_token=True, num_samples=200)
+    assert (certificate.token, certificate.alpha, certificate.joint_alpha) == (0, 1e-3, 1e-3)
 
 
 def test_centring_takes_away_what_all_images_share():

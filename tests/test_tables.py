@@ -200,7 +200,7 @@ def incomplete(lines):
         (edited(lambda lines: lines[1:]), "it has no header"),
         (edited(lambda lines: [{"kind": "header"}, *lines[1:]]), "it has no header"),
         (edited(lambda lines: lines[:1]), "must hold at least one certified image"),
-        (edited(lambda lines: [*lines[:1], {"kind": "image"}]), "must hold at least one certified image"),
+        (edited(lambda lines: [*lines[:1], {"kind": "image"}]), "was not written by `fs-psm certify`"),
         (edited(incomplete), "missing ['sigma']"),
         (edited(per_token), "is per token"),
         (lambda path: None, "No such file"),

@@ -30,8 +30,10 @@ def build_model(tokenizer):
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        "projection_dim": 128,  # also here: the vision model is loaded by itself too
     }
     vision = {
+        "projection_dim": 128,
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_hidden_layers": 6,

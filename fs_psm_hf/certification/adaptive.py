@@ -1,6 +1,5 @@
 """Adaptive sampling: look at the scores a few times as they come, and stop when more would not help. No model."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -60,23 +59,21 @@ def certify_stream(take, num_samples, *, target_radius=None, tolerance=None, **o
         return certify_scores(take(num_samples), **options)
     looks = look_schedule(num_samples)
     alpha = options.pop("alpha", 1e-3)
-    share = alpha / len(looks)
     for n in looks:
         scores = take(n)
-        found = certify_scores(scores, alpha=share, **options)
-        rows = found if isinstance(found, list) else [found]
+        found = certify_scores(scores, alpha=alpha, num_looks=len(looks), **options)
         if n == num_samples:
-            break
+            return found
+        rows = found if isinstance(found, list) else [found]
         radii = np.array([c.radius for c in rows])
+        share = rows[0].alpha / len(looks)
         expected = expected_radius(scores, num_samples, share, options["sigma"], options.get("level", 0.5))
         if target_radius is not None:
             stop = (radii >= target_radius) | (expected < target_radius)
         else:
             stop = expected - radii <= tolerance
         if np.all(stop):
-            break
-    rows = [dataclasses.replace(c, alpha=float(alpha), num_looks=len(looks)) for c in rows]
-    return rows if isinstance(found, list) else rows[0]
+            return found
 
 
 def expected_radius(scores, num_samples, alpha, sigma, level):

@@ -16,8 +16,8 @@ from .confidence import check_scores, clopper_pearson_lower
 NUM_RANKS = 128
 # Weight of each rank's share of the error probability, relative to the rank below it: see `order_band`.
 _RANK_DECAY = 0.85
-# The share of a rank is enlarged by at most this much in search of the exact one, and only as long as the joint error
-# probability, plus the worst error of its computation, stays below alpha.
+# Halvings of the search for the largest common share at which the joint error probability, plus what its computation
+# may be wrong by, stays below alpha.
 _CALIBRATIONS = 10
 _COVERAGE_ERROR, _COVERAGE_ERROR_PER_SAMPLE = 1e-9, 1e-14
 

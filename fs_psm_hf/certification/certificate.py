@@ -7,7 +7,7 @@ import numpy as np
 
 from . import bounds
 from .bands import order_band, pilot_band
-from .certified import Certified, unplain
+from .certified import Certified, round_down
 from .confidence import MEAN_METHODS, mean_lower
 
 
@@ -85,36 +85,16 @@ class Certificate(Certified):
     token: int | None = None
     joint_alpha: float | None = None
 
-    @property
-    def is_certificate(self) -> bool:
-        """Whether the numbers carry a confidence; `False` for `"plugin"`."""
-        return self.method != "plugin"
-
-    def to_dict(self) -> dict:
-        """Plain values for JSON, with `is_certificate` beside them. An infinite radius is the string `"inf"`."""
-        return super().to_dict() | {"is_certificate": self.is_certificate}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "Certificate":
-        """Rebuild what `to_dict` wrote.
-
-        Raises:
-            ValueError: if a field is missing or unknown, or `is_certificate` contradicts `method`.
-        """
-        values = dict(values)
-        marked = values.pop("is_certificate", None)
-        if isinstance(values.get("deployed"), dict):
-            values["deployed"] = Deployed(**{name: unplain(v) for name, v in values["deployed"].items()})
-        certificate = super().from_dict(values)
-        if marked not in (None, certificate.is_certificate):
-            raise ValueError(f"`is_certificate` is {marked}, which contradicts `method` {certificate.method!r}")
-        return certificate
+    deployed_class = Deployed
 
     def __str__(self) -> str:
-        confidence = "not a certificate (no confidence)" if self.alpha is None else f"confidence {1 - self.alpha:.6g}"
-        bound = "  ".join(f"{c:+.3f} at {e:g}" for e, c in zip(self.epsilons, self.cosine_bounds, strict=True))
-        radius = "abstained" if self.abstained else f"radius {self.radius:.4f} for cosine >= {self.level:g}"
-        return f"{self.method}, {confidence}, n = {self.num_samples}, sigma {self.sigma:g}: {radius}; cosine {bound}"
+        bound = "  ".join(
+            f"{round_down(c, 3):+.3f} at {e:g}" for e, c in zip(self.epsilons, self.cosine_bounds, strict=True)
+        )
+        radius = f"radius {round_down(self.radius, 4):.4f} for cosine >= {self.level:g}"
+        radius = "abstained" if self.abstained else radius
+        about = f"{self.method}, {self.confidence}, n = {self.num_samples}, sigma {self.sigma:g}"
+        return f"{about}: {radius}; cosine {bound}"
 
 
 def certify_scores(
@@ -128,6 +108,8 @@ def certify_scores(
     level: float = 0.5,
     deployed_samples: int | None = None,
     beta: float = 0.05,
+    num_looks: int = 1,
+    per_token: bool = False,
 ):
     """Turn independent scores `s(x + n)`, n ~ N(0, sigma² I), into a [`Certificate`] around x.
 
@@ -138,7 +120,8 @@ def certify_scores(
             clamped, and every bound on the score is lowered by it.
         sigma (`float`): noise standard deviation in [0, 1]-pixel units, > 0.
         epsilons (`Sequence[float]`): l2 radii in [0, 1]-pixel units, finite, >= 0.
-        alpha (`float`): error probability of the certificate. Ignored by `"plugin"`.
+        alpha (`float`): error probability of the certificate; with `per_token`, of all of them together. Ignored by
+            `"plugin"`.
         method (`str`): with confidence `1 - alpha`: `"cdf"`, the layer-cake bound (theory, Fact 3) over a band through
             the sorted scores (`bands.order_band`); `"cdf_pilot"`, over Clopper–Pearson bounds at thresholds from a pilot;
             `"betting"`, `"bernstein"`, `"hoeffding"`, the paper's Theorem 1 at a lower bound on the mean score;
@@ -151,6 +134,9 @@ def certify_scores(
         deployed_samples (`int`, *optional*): also bound the mean of this many served draws (`"cdf"`, `"cdf_pilot"` and
             `"best"`).
         beta (`float`): failure probability of one served query, over the serving noise.
+        num_looks (`int`): planned looks at the scores, one of which ended the sampling; each has its equal share of
+            `alpha`.
+        per_token (`bool`): the rows of a batch are the tokens of one image: each has its equal share of `alpha`.
 
     Returns:
         [`Certificate`], or a list of them for a batch.
@@ -158,9 +144,10 @@ def certify_scores(
     Raises:
         ValueError: if an argument is out of its range, or a score is not finite or outside [0, 1].
     """
-    check_options(sigma=sigma, epsilons=epsilons, alpha=alpha, method=method)
-    if not 0.0 <= level < 1.0:
-        raise ValueError(f"`level` must be in [0, 1), got {level}")
+    check_options(
+        sigma=sigma, epsilons=epsilons, alpha=alpha, method=method, level=level, beta=beta,
+        deployed_samples=deployed_samples,
+    )  # fmt: skip
     epsilons = np.array(epsilons, np.float64, ndmin=1)
     scores, slack = clean_scores(scores)
     batch = np.atleast_2d(scores)
@@ -168,17 +155,18 @@ def certify_scores(
     n = batch.shape[-1]
     if pilot is None:
         pilot = min(max(100, n // 10), n // 2) if method == "cdf_pilot" else 0
-    if not 0 <= pilot < n:
-        raise ValueError(f"`pilot` must be from 0 to {n - 1}, one less than the scores, got {pilot}")
-    if deployed_samples is not None and method not in BAND_METHODS:
-        raise ValueError(
-            f"`deployed_samples` needs `method` {', '.join(BAND_METHODS)}, got {method!r}, which bounds a mean only"
-        )
+    if isinstance(pilot, bool) or not isinstance(pilot, int) or not 0 <= pilot < n:
+        raise ValueError(f"`pilot` must be an integer from 0 to {n - 1}, one less than the scores, got {pilot!r}")
+    if per_token and scores.ndim == 1:
+        raise ValueError("`per_token` needs a batch of scores, a row per token, got a vector")
+    own_alpha = alpha / len(batch) if per_token else alpha
 
     at = np.concatenate([[0.0], epsilons])
     # A level raised by the slack, rather than a bound lowered by it: the same radius.
     raised = np.minimum(level + 2.0 * slack[:, 0], 1.0)
-    lower, radius, band = lower_bounds(batch, at, raised, sigma=sigma, alpha=alpha, method=method, pilot=pilot)
+    lower, radius, band = lower_bounds(
+        batch, at, raised, sigma=sigma, alpha=own_alpha / num_looks, method=method, pilot=pilot
+    )
     lower = np.maximum(lower - slack, 0.0)  # (B, E + 1)
     products = bounds.inner_product(lower[:, 1:])
     cosines = bounds.cosine(products)
@@ -194,7 +182,10 @@ def certify_scores(
             sigma=float(sigma),
             epsilons=_floats(epsilons),
             method=method,
-            alpha=None if method == "plugin" else float(alpha),
+            alpha=None if method == "plugin" else float(own_alpha),
+            joint_alpha=float(alpha) if per_token and method != "plugin" else None,
+            token=i if per_token else None,
+            num_looks=num_looks,
             level=float(level),
             num_samples=n - pilot,
             num_pilot=pilot,
@@ -243,7 +234,7 @@ def lower_bounds(scores, epsilons, level, *, sigma, alpha, method, pilot=0):
     return lower, bounds.certified_radius(mean, sigma, level), None
 
 
-def check_options(*, sigma, epsilons, alpha, method):
+def check_options(*, sigma, alpha, method, beta, epsilons=(), level=0.5, deployed_samples=None):
     """Raise `ValueError` unless a certificate can be asked for like this."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
@@ -254,10 +245,28 @@ def check_options(*, sigma, epsilons, alpha, method):
         raise ValueError(f"`epsilons` must be finite numbers >= 0, got {epsilons.tolist()}")
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"`alpha` must be strictly between 0 and 1, got {alpha}")
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"`beta` must be strictly between 0 and 1, got {beta}")
+    if not 0.0 <= level < 1.0:
+        raise ValueError(f"`level` must be in [0, 1), got {level}")
+    if deployed_samples is None:
+        return
+    if (
+        isinstance(deployed_samples, bool)
+        or not isinstance(deployed_samples, int)
+        or not 1 <= deployed_samples <= 1024
+    ):
+        raise ValueError(f"`deployed_samples` must be an integer from 1 to 1024, got {deployed_samples!r}")
+    if method not in BAND_METHODS:
+        raise ValueError(
+            f"`deployed_samples` needs `method` {', '.join(BAND_METHODS)}, got {method!r}, which bounds a mean only"
+        )
 
 
 def clean_scores(scores):
     """Scores clamped to [0, 1], and the largest excess that was clamped, per row."""
+    if np.iscomplexobj(scores):
+        raise ValueError("`scores` must be real numbers, got complex ones")
     scores = np.asarray(scores, np.float64)
     if scores.ndim not in (1, 2) or scores.size == 0:
         raise ValueError(f"`scores` must be a non-empty vector or a batch of them, got shape {scores.shape}")

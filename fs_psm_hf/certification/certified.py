@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import torch
+
 from .identity import describe
 
 
@@ -46,8 +48,24 @@ class Certified:
     seed_source: str | None = None
     num_looks: int = 1
 
+    # Class of the `deployed` part.
+    deployed_class = None
+
+    @property
+    def is_certificate(self) -> bool:
+        """Whether the numbers carry a confidence; `False` for `"plugin"`."""
+        return self.method != "plugin"
+
+    @property
+    def confidence(self) -> str:
+        """The confidence in words, never rounded up."""
+        return "not a certificate (no confidence)" if self.alpha is None else f"confidence {confidence(self.alpha)}"
+
     def verify(self, tower, pixel_values=None) -> None:
         """Refuse a tower that is not the one that was certified, setting for setting and weight for weight.
+
+        The served number of draws is compared where the certificate speaks of it (`deployed`). What neither weights nor
+        configuration show, such as a hook on a module, is not seen.
 
         Args:
             tower ([`SmoothedVisionTower`]): the tower that is served.
@@ -58,11 +76,15 @@ class Certified:
             ValueError: something differs; names the first such thing, what was certified and what the tower has. Also
                 where the certificate does not say what it is about.
         """
+        if any(module.training for module in tower.modules()):
+            raise ValueError("`tower` must be in evaluation mode, as it was certified: call `tower.eval()`")
         if self.model_hash is None:
             raise ValueError("`certificate` does not record the model it is about: it was made from scores alone")
         found = describe(tower)
         expected = {name: getattr(self, name) for name in found}
         if pixel_values is not None:
+            if pixel_values.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"`pixel_values` must be float32, as they were certified, got {pixel_values.dtype}")
             found["image_size"], expected["image_size"] = tuple(pixel_values.shape[-2:]), self.image_size
         deployed = getattr(self, "deployed", None)
         if deployed is not None:
@@ -76,7 +98,7 @@ class Certified:
                 )
 
     def to_dict(self) -> dict:
-        """Plain values for JSON. An infinite radius is the string `"inf"`."""
+        """Plain values for JSON, with `is_certificate` beside them. An infinite radius is the string `"inf"`."""
 
         def plain(value):
             if isinstance(value, dict):
@@ -85,15 +107,17 @@ class Certified:
                 return [plain(inner) for inner in value]
             return "inf" if isinstance(value, float) and math.isinf(value) else value
 
-        return plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self)) | {"is_certificate": self.is_certificate}
 
     @classmethod
     def from_dict(cls, values: dict):
         """Rebuild what `to_dict` wrote.
 
         Raises:
-            ValueError: a field is missing or unknown.
+            ValueError: a field is missing or unknown, or `is_certificate` contradicts `method`.
         """
+        values = dict(values)
+        marked = values.pop("is_certificate", None)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
@@ -101,11 +125,32 @@ class Certified:
             raise ValueError(
                 f"a `{cls.__name__}` needs exactly its own fields, got unknown {unknown}, missing {missing}"
             )
-        return cls(**{name: unplain(value) for name, value in values.items()})
+        values = {name: _unplain(value) for name, value in values.items()}
+        if isinstance(values.get("deployed"), dict):
+            try:
+                values["deployed"] = cls.deployed_class(**{k: _unplain(v) for k, v in values["deployed"].items()})
+            except TypeError as error:
+                raise ValueError(
+                    f"`deployed` must have the fields of {cls.deployed_class.__name__}: {error}"
+                ) from error
+        certificate = cls(**values)
+        if marked not in (None, certificate.is_certificate):
+            raise ValueError(f"`is_certificate` is {marked}, which contradicts `method` {certificate.method!r}")
+        return certificate
 
 
-def unplain(value):
+def confidence(alpha) -> str:
+    """`1 - alpha` in words, never rounded up to a certainty."""
+    return f"1 - {alpha:.2g}" if alpha < 1e-5 else f"{1.0 - alpha:.6g}"
+
+
+def round_down(value, digits) -> float:
+    """A bound as it may be printed: never more than it is."""
+    return value if math.isinf(value) else math.floor(value * 10**digits) / 10**digits
+
+
+def _unplain(value):
     """Undo `to_dict` for one value: tuples and infinities are themselves again."""
     if isinstance(value, list):
-        return tuple(unplain(inner) for inner in value)
+        return tuple(_unplain(inner) for inner in value)
     return math.inf if value == "inf" else value

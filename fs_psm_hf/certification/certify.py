@@ -4,11 +4,13 @@ import dataclasses
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..noise import resolve_image_ids, resolve_seed
+from ..pixels import check_pixel_values
 from .adaptive import certify_stream, check_adaptive
-from .certificate import BAND_METHODS, Certificate, certify_scores
+from .certificate import BAND_METHODS, Certificate, check_options
 from .identity import describe, model_name, psm_name, vector_hash
 
 
@@ -122,6 +124,7 @@ class ScoreDraws(Draws):
 
 def check_certifiable(tower, pixel_values):
     """Raise `ValueError` unless a certificate of this tower on these images would mean what it says."""
+    check_pixel_values(pixel_values)
     config = tower.config
     if not config.sigma > 0:
         raise ValueError(f"`tower.config.sigma` must be > 0 to certify, got {config.sigma}")
@@ -174,14 +177,15 @@ def draw_scores(
     check_certifiable(tower, pixel_values)
     given = anchor if isinstance(anchor, torch.Tensor) else None
     kind = "given" if given is not None else anchor
-    if given is None and kind not in ANCHORS:
-        raise ValueError(f"`anchor` must be 'clean', 'smoothed' or a tensor of unit vectors, got {anchor!r}")
-    shape = "tokens, width" if per_token else "num_features"
-    if given is not None and (given.ndim != 2 + per_token or len(given) != len(pixel_values)):
+    if given is None and (not isinstance(kind, str) or kind not in ANCHORS):
+        given_kind = repr(anchor) if isinstance(anchor, str) else type(anchor).__name__
+        raise ValueError(f"`anchor` must be 'clean', 'smoothed' or a torch.Tensor of unit vectors, got {given_kind}")
+    if given is not None and len(given) != len(pixel_values):
         raise ValueError(
-            f"`anchor` must have shape ({len(pixel_values)}, {shape}), unit vectors for each image, "
-            f"got {tuple(given.shape)}"
+            f"`anchor` must hold unit vectors for each of {len(pixel_values)} images, got shape {tuple(given.shape)}"
         )
+    if center is not None and not isinstance(center, torch.Tensor):
+        raise TypeError(f"`center` must be a torch.Tensor, got {type(center).__name__}")
     if center is not None and not torch.all(torch.isfinite(center)):
         raise ValueError("`center` must be finite")
     image_ids = resolve_image_ids(image_ids, len(pixel_values))
@@ -190,13 +194,19 @@ def draw_scores(
     options = {"feature": feature, "center": center, "per_token": per_token}
     for index, image_id in enumerate(image_ids):
         image = pixel_values[index : index + 1]
-        if kind == "clean":
-            with torch.inference_mode():
-                vector = tower.clean_features(image, **options)[0]
-        elif kind == "smoothed":
+        if kind == "smoothed":
             vector = _smoothed_anchor(tower, image, record["seed"], image_id, options)
         else:
-            vector = given[index].to(tower.device, torch.float32)
+            with torch.inference_mode():
+                vector = tower.clean_features(image, **options)[0]
+        if kind == "given":
+            if given[index].shape != vector.shape:
+                raise ValueError(
+                    f"`anchor` must have shape {(len(given), *vector.shape)}, as the feature, got {tuple(given.shape)}"
+                )
+            check_unit(given[index], "anchor")
+            # To the last digit: a vector that is a little too long would certify a little too much.
+            vector = nn.functional.normalize(given[index].double(), dim=-1).to(tower.device, torch.float32)
         check_unit(vector, "anchor")
         yield ScoreDraws(
             tower, image, vector, record | {"image_id": image_id}, seed=record["seed"], image_id=image_id, keep=keep,
@@ -267,34 +277,33 @@ def certify_features(
         ValueError: if the tower cannot be certified (sigma 0, plain averaging, training mode), a feature or an anchor is
             not finite, or an argument is out of its range.
     """
-    options = {"epsilons": epsilons, "method": method, "level": level, "beta": beta, "sigma": tower.config.sigma}
+    options = {"epsilons": epsilons, "alpha": alpha, "method": method, "level": level, "beta": beta}
+    options["sigma"] = tower.config.sigma
     if method in BAND_METHODS and tower.serves(feature) and center is None and not per_token:
         options["deployed_samples"] = tower.config.num_samples
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be >= 1, got {num_samples}")
+    # A wrong option is refused before the draws, not after an hour of them.
+    check_certifiable(tower, pixel_values)
     check_adaptive(target_radius, tolerance, method)
-    if tower.config.sigma > 0:
-        # A wrong option is refused before the draws, not after an hour of them.
-        certify_scores([0.5, 0.5], alpha=alpha, **options)
+    check_options(**options)
     certificates = []
     with tqdm(total=len(pixel_values) * num_samples, unit="draw", disable=not progress) as bar:
         for draws in draw_scores(
             tower, pixel_values, anchor=anchor, feature=feature, center=center, per_token=per_token,
             generator=generator, image_ids=image_ids, progress=bar,
         ):  # fmt: skip
-            tokens = len(draws.anchor) if per_token else 1
             found = certify_stream(
-                draws.take, num_samples, target_radius=target_radius, tolerance=tolerance, alpha=alpha / tokens,
+                draws.take,
+                num_samples,
+                target_radius=target_radius,
+                tolerance=tolerance,
+                per_token=per_token,
                 **options,
-            )  # fmt: skip
+            )
             record = draws.record | {"null_cosine": null_cosine}
-            if per_token:
-                joint = None if method == "plugin" else alpha
-                certificates.append(
-                    [dataclasses.replace(c, token=i, joint_alpha=joint, **record) for i, c in enumerate(found)]
-                )
-            else:
-                certificates.append(dataclasses.replace(found, **record))
+            described = [dataclasses.replace(c, **record) for c in (found if per_token else [found])]
+            certificates.append(described if per_token else described[0])
     return certificates
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,12 @@ from tqdm.auto import tqdm
 from ..configuration_fs_psm import check_smoothing
 from ..noise import resolve_seed
 from .adaptive import certify_stream, check_adaptive, look_schedule
-from .certificate import BAND_METHODS, certify_scores
+from .certificate import BAND_METHODS, certify_scores, check_options
 from .certify import draw_scores, null_level_of_sum
 from .identity import describe, model_name, psm_name, vector_hash
-from .labels import Classifier, certify_logits
+from .labels import Classifier, certify_logits, check_label_options
 from .results_file import ResultsFile, versions
-from .saved import load_draws, save_draws
+from .saved import load_draws, save_draws, saved_path
 
 
 CURVE_METHODS = ("plugin", "betting", "cdf")
@@ -54,16 +56,27 @@ class Question:
         """Whether the draws may stop early."""
         return check_adaptive(self.target_radius, self.tolerance, self.methods[0])
 
-    def check(self, sigma):
+    def check(self, sigma, served_samples):
         """Refuse what cannot be asked, before hours of draws."""
         if not self.methods:
             raise ValueError("`--method` must be given at least once")
         check_adaptive(self.target_radius, self.tolerance, self.methods[0])
         for method in self.methods:
-            certify_scores([0.5, 0.5], method=method, sigma=sigma, **self._options())
+            check_options(method=method, sigma=sigma, **self._options(), **self._served(method, served_samples))
+        if self.classifier is not None and self.num_samples:
+            check_label_options(self.num_samples, sigma=sigma, alpha=self.alpha, method="cdf", beta=self.beta)
+
+    def check_width(self, width):
+        """Refuse classes that do not fit a feature of this width."""
+        if self.classifier is not None and self.classifier.weight.shape[1] != width:
+            own = self.classifier.weight.shape[1]
+            raise ValueError(f"`--labels` has {own} values per class, must have {width} as the feature")
 
     def _options(self):
         return {"epsilons": self.epsilons, "alpha": self.alpha, "level": self.level, "beta": self.beta}
+
+    def _served(self, method, served_samples):
+        return {"deployed_samples": served_samples} if served_samples is not None and method in BAND_METHODS else {}
 
     def answer(self, draws, sigma, served_samples) -> dict:
         """The entries of one image's line: `certificates`, and `label` where there is a classifier."""
@@ -72,28 +85,21 @@ class Question:
             if looks > 1:
                 raise ValueError("`--target-radius` and `--tolerance` need scores that did not stop early themselves")
             looks = len(look_schedule(self.num_samples))
-        tokens = len(draws.anchor) if draws.anchor.ndim == 2 else 1
+        per_token = draws.anchor.ndim == 2
         taken, found = self.num_samples, []
         for method in self.methods:
-            served = {"deployed_samples": served_samples} if served_samples and method in BAND_METHODS else {}
-            options = {"method": method, "sigma": sigma, **self._options(), **served}
-            options["alpha"] = self.alpha / tokens
+            options = {"method": method, "sigma": sigma, **self._options(), **self._served(method, served_samples)}
+            options["per_token"] = per_token
             if self.adaptive and not found:
-                certified = certify_stream(
-                    draws.take, self.num_samples, target_radius=self.target_radius, tolerance=self.tolerance, **options
-                )
-                first = certified if tokens == 1 else certified[0]
-                taken = first.num_samples
+                goal = {"target_radius": self.target_radius, "tolerance": self.tolerance}
+                certified = certify_stream(draws.take, self.num_samples, **goal, **options)
+                taken = (certified[0] if per_token else certified).num_samples
             else:
                 # Where the draws ended depends on them: every statement about them pays for the looks, not the first alone.
-                certified = certify_scores(draws.take(taken), **options | {"alpha": options["alpha"] / looks})
-            for token, certificate in enumerate([certified] if tokens == 1 else certified):
-                own = {} if certificate.alpha is None else {"alpha": options["alpha"]}
-                if tokens > 1:
-                    own |= {"token": token, "joint_alpha": certificate.alpha and self.alpha}
-                found.append(dataclasses.replace(certificate, num_looks=looks, **own, **draws.record))
+                certified = certify_scores(draws.take(taken), num_looks=looks, **options)
+            found += [dataclasses.replace(c, **draws.record) for c in (certified if per_token else [certified])]
         line = {"certificates": [certificate.to_dict() for certificate in found]}
-        if self.curve and tokens == 1:
+        if self.curve and not per_token:
             line["curve"] = self._curve(draws.take(taken), sigma, served_samples, looks)
         if self.classifier is not None:
             line["label"] = self._label(draws, taken, sigma, served_samples, looks).to_dict()
@@ -102,7 +108,7 @@ class Question:
     def _curve(self, scores, sigma, served_samples, num_looks):
         """Bounds on the inner product from 0 to 3 σ: the paper's estimate, its valid counterpart, and ours."""
         grid = np.linspace(0.0, 3.0 * sigma, _CURVE_POINTS)
-        options = {"sigma": sigma, "epsilons": grid, "alpha": self.alpha / num_looks, "level": self.level}
+        options = {"sigma": sigma, "epsilons": grid, "alpha": self.alpha, "level": self.level, "num_looks": num_looks}
         found = {"epsilons": grid.tolist()}
         for method in CURVE_METHODS:
             served = (
@@ -119,16 +125,13 @@ class Question:
         if features is None:
             raise ValueError("`--labels` needs saved features: draw them again with --save-features")
         features = torch.cat(features) if isinstance(features, list) else features
-        width = self.classifier.weight.shape[1]
-        if features.shape[1] != width:
-            raise ValueError(f"`--labels` has {width} values per class, must have {features.shape[1]} as the feature")
+        self.check_width(features.shape[1])
         certificate = certify_logits(
-            self.classifier.logits(features[:taken]).numpy(), self.classifier, sigma=sigma, alpha=self.alpha / looks,
-            beta=self.beta, deployed_samples=served_samples,
+            self.classifier.logits(features[:taken]).numpy(), self.classifier, sigma=sigma, alpha=self.alpha,
+            beta=self.beta, deployed_samples=served_samples, num_looks=looks,
         )  # fmt: skip
         record = {name: value for name, value in draws.record.items() if name != "anchor"}
-        record |= {"alpha": self.alpha, "num_looks": looks, "classifier": self.classifier.hash}
-        return dataclasses.replace(certificate, **record)
+        return dataclasses.replace(certificate, classifier=self.classifier.hash, **record)
 
     def settings(self) -> dict:
         """For the header of a results file."""
@@ -169,10 +172,15 @@ def certify_folder(
         raise ValueError(f"`images` {root} holds no image")
     sigma = tower.config.sigma
     check_smoothing(sigma, question.num_samples)
-    question.check(sigma)
     if save_features and save_scores is None:
         raise ValueError("`--save-features` needs `--save-scores`, the folder to save them in")
     served = tower.config.num_samples if tower.serves(feature) and center is None and not per_token else None
+    question.check(sigma, served)
+    if question.classifier is not None:
+        # Of the first image that can be read; where there is none, nothing is certified either.
+        for clean in _clean_features(tower, processor, root, files, feature, progress=False, desc=None):
+            question.check_width(len(clean))
+            break
     asked = {
         **(settings or {}), **question.settings(), "sigma": sigma, "served_samples": served,
         "anchor": anchor, "feature": feature, "per_token": per_token, "center": center is not None and vector_hash(center),
@@ -180,8 +188,8 @@ def certify_folder(
         "max_batch_size": tower.config.max_batch_size, "seed": resolve_seed(seed),
         "seed_source": "os" if seed is None else "given",
     }  # fmt: skip
-    state = PartialState(cpu=tower.device.type == "cpu")
-    adopt = ("seed",) if seed is None or state.process_index > 0 else ()
+    state = one_of_several(tower.device.type)
+    adopt = ("seed", "seed_source") if seed is None or state.process_index > 0 else ()
     if state.process_index == 0:
         results = ResultsFile(output, asked, resume, adopt)
     state.wait_for_everyone()
@@ -193,8 +201,17 @@ def certify_folder(
 
     null_cosine = None
     if state.process_index == 0:
-        null_cosine = _null_cosine(tower, processor, root, files, feature, center, progress)
-    todo = [name for name in files if name not in results.done]
+        options = {"center": center, "per_token": per_token}
+        null_cosine = _null_cosine(
+            _clean_features(tower, processor, root, files, feature, progress, "null level", **options)
+        )
+    # An image whose scores were asked for and are not there is drawn again.
+    todo = [
+        name
+        for name in files
+        if name not in results.done
+        or (save_scores is not None and not saved_path(save_scores, image_name(name)).exists())
+    ]
     mine = todo[state.process_index :: state.num_processes]
     keep = save_features or question.classifier is not None
     with tqdm(total=len(mine) * question.num_samples, unit="draw", disable=not progress) as bar:
@@ -228,6 +245,12 @@ def certify_folder(
     return results, unreadable
 
 
+def one_of_several(device) -> PartialState:
+    """This process among those that `accelerate launch` started, or the only one."""
+    # One may wait for another for hours: their images need not cost alike.
+    return PartialState(cpu=str(device) == "cpu", timeout=timedelta(days=30))
+
+
 def certify_saved(folder, output, question, *, served_samples=None, command=None):
     """Answer a question from saved scores: no model, no images.
 
@@ -244,20 +267,23 @@ def certify_saved(folder, output, question, *, served_samples=None, command=None
     """
     saved = load_draws(folder)
     sigma = saved[0].facts["sigma"]
-    question.check(sigma)
     served = saved[0].facts["served_samples"]
     if served_samples is not None and served is None:
         raise ValueError("`--served-samples` is no question for this feature: the host is not served a mean of it")
-    served = served_samples or served
+    served = served if served_samples is None else served_samples
+    question.check(sigma, served)
+    if question.curve and saved[0].anchor.ndim == 2:
+        raise ValueError("`--plot` draws certificates of whole features, not of single tokens as these are")
+    if not question.num_samples:
+        question = dataclasses.replace(question, num_samples=min(draws.num_samples for draws in saved))
     shared = {name: value for name, value in saved[0].record.items() if name != "image_id"}
     settings = question.settings() | {"from_scores": Path(folder).resolve().name, "sigma": sigma, **shared}
     results = ResultsFile(output, settings | {"served_samples": served})
     for draws in saved:
-        asked = question if question.num_samples else dataclasses.replace(question, num_samples=draws.num_samples)
-        results.append({"kind": "image", "file": draws.facts["file"], **asked.answer(draws, sigma, served)})
-    anchors = torch.stack([draws.anchor.double() for draws in saved])
-    alike = len(saved) > 1 and shared["anchor"] == "clean" and anchors.ndim == 2
-    null_cosine = null_level_of_sum(anchors.sum(0), len(anchors)) if alike else None
+        results.append({"kind": "image", "file": draws.facts["file"], **question.answer(draws, sigma, served)})
+    # The anchors of different images: the clean features themselves, or their smoothed counterparts.
+    alike = shared["anchor"] != "given"
+    null_cosine = _null_cosine(draws.anchor.double() for draws in saved) if alike else None
     facts = {"null_cosine": null_cosine, "command": command, "versions": versions()}
     results.close([draws.facts["file"] for draws in saved], lambda lines: summarize(lines) | facts)
     return results
@@ -302,7 +328,7 @@ def summarize(lines) -> dict:
 
 def image_name(path):
     """Integer name of an image in the noise: a hash of its relative path, so the listing order does not matter."""
-    return int.from_bytes(hashlib.blake2b(Path(path).as_posix().encode(), digest_size=7).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(os.fsencode(Path(path).as_posix()), digest_size=7).digest(), "little")
 
 
 def read_image(path, processor):
@@ -314,28 +340,27 @@ def read_image(path, processor):
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
+        return processor(images=picture, return_tensors="pt")["pixel_values"].float()
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise OSError(f"{path} is not a readable image: {error}") from error
-    return processor(images=picture, return_tensors="pt")["pixel_values"].float()
 
 
 def mean_feature(tower, processor, root, files, feature, progress=False):
     """Mean raw clean feature of a folder's readable images, `(num_features,)` float32: a `center`."""
     total, count = 0.0, 0
-    for features in _clean_features(tower, processor, root, files, feature, progress, desc="center", unit=False):
+    for features in _clean_features(tower, processor, root, files, feature, progress, "center", unit=False):
         total, count = total + features, count + 1
     if count == 0:
         raise ValueError(f"`--center` {root} holds no readable image")
     return (total / count).float()
 
 
-def _null_cosine(tower, processor, root, files, feature, center, progress):
-    """Mean cosine of different images of a folder, all tokens as one vector."""
+def _null_cosine(features):
+    """Mean cosine of different images, from a unit feature of each, or from a unit feature of each token of each."""
     total, count = 0.0, 0
-    for features in _clean_features(
-        tower, processor, root, files, feature, progress, desc="null level", center=center
-    ):
-        total, count = total + features, count + 1
+    for vector in features:
+        tokens = len(vector) if vector.ndim == 2 else 1
+        total, count = total + vector.flatten() / tokens**0.5, count + 1
     return null_level_of_sum(total, count) if count > 1 else None
 
 

@@ -36,8 +36,8 @@ def describe(tower) -> dict:
 def model_hash(tower) -> str:
     """SHA-256 over every weight of the tower, its purifier and its mapper, and the settings that shape their function.
 
-    Two towers with the same hash, dtype and kernel are the same function of the image. The code of a purifier of yours
-    enters by the name of its class only.
+    It sees what a saved tower consists of. The code of a purifier of yours enters by the name of its class only, and a
+    change that neither weights nor configuration show, such as a hook, not at all.
     """
     digest = hashlib.sha256()
     config = tower.config
@@ -47,7 +47,7 @@ def model_hash(tower) -> str:
         "psm_config": _settings(config.psm_config),
         "purifier": type(tower.psm.purifier).__name__,
     }
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         tensor = tensor.detach().contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -86,5 +86,6 @@ def psm_name(tower):
 
 
 def _settings(config):
-    values = config.to_dict()
+    # What differs from the defaults, so that a field that a later version of transformers adds does not change the hash.
+    values = config.to_diff_dict()
     return {k: v for k, v in values.items() if not k.startswith("_") and k not in _NOT_THE_FUNCTION}

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from ..noise import resolve_image_ids
 from . import bounds
-from .certificate import check_options, clean_scores, lower_bounds
-from .certified import Certified, unplain
+from .certificate import BAND_METHODS, check_options, clean_scores, lower_bounds
+from .certified import Certified, round_down
 from .certify import Draws, check_certifiable, check_unit, describe_run
 from .confidence import clopper_pearson_lower
 from .identity import vector_hash
@@ -77,24 +77,14 @@ class LabelCertificate(Certified):
     deployed: DeployedLabel | None = None
     classifier: str | None = None
 
-    @property
-    def is_certificate(self) -> bool:
-        """Whether the numbers carry a confidence; `False` for `"plugin"`."""
-        return self.method != "plugin"
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "LabelCertificate":
-        """Rebuild what `to_dict` wrote."""
-        values = dict(values)
-        if isinstance(values.get("deployed"), dict):
-            values["deployed"] = DeployedLabel(**{name: unplain(v) for name, v in values["deployed"].items()})
-        return super().from_dict(values)
+    deployed_class = DeployedLabel
 
     def __str__(self) -> str:
-        confidence = "not a certificate (no confidence)" if self.alpha is None else f"confidence {1 - self.alpha:.6g}"
-        radius = "abstained" if self.abstained else f"radius {self.radius:.4f} against class {self.runner_up}"
-        vote = f"hard vote (another classifier): class {self.hard_vote_label}, radius {self.hard_vote_radius:.4f}"
-        return f"class {self.label}, {self.method}, {confidence}, n = {self.num_samples}: {radius}; {vote}"
+        radius = f"radius {round_down(self.radius, 4):.4f} against class {self.runner_up}"
+        radius = "abstained" if self.abstained else radius
+        vote = f"class {self.hard_vote_label}, radius {round_down(self.hard_vote_radius, 4):.4f}"
+        about = f"class {self.label}, {self.method}, {self.confidence}, n = {self.num_samples}"
+        return f"{about}: {radius}; hard vote (another classifier): {vote}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +110,8 @@ class Classifier:
             raise ValueError("`text_embeds` or `head` must be given, and not both")
         if head is None:
             weight, bias = text_embeds, None
+            if not isinstance(weight, torch.Tensor):
+                raise TypeError(f"`text_embeds` must be a torch.Tensor, got {type(weight).__name__}")
             if weight.ndim != 2:
                 raise ValueError(
                     f"`text_embeds` must have shape (num_classes, num_features), got {tuple(weight.shape)}"
@@ -191,10 +183,11 @@ def certify_labels(
         ValueError: as `certify_features`, and where the classes do not fit the feature.
     """
     classifier = Classifier.of(text_embeds, head)
-    check_options(sigma=1.0, epsilons=(), alpha=alpha, method=method)
-    if num_samples < 2:
-        raise ValueError(f"`num_samples` must be >= 2, one to choose the label, got {num_samples}")
     check_certifiable(tower, pixel_values)
+    options = {"sigma": tower.config.sigma, "alpha": alpha, "method": method, "beta": beta}
+    if tower.serves(feature) and method in BAND_METHODS:
+        options["deployed_samples"] = tower.config.num_samples
+    check_label_options(num_samples, **options)
     width = tower.clean_features(pixel_values[:1], feature).shape[-1]
     if classifier.weight.shape[1] != width:
         name = "text_embeds" if head is None else "head"
@@ -203,9 +196,6 @@ def certify_labels(
             f"got {classifier.weight.shape[1]}"
         )
     record = describe_run(tower, pixel_values, feature, generator) | {"classifier": classifier.hash}
-    options = {"sigma": tower.config.sigma, "alpha": alpha, "method": method, "beta": beta}
-    if tower.serves(feature):
-        options["deployed_samples"] = tower.config.num_samples
     found = []
     with tqdm(total=len(pixel_values) * num_samples, unit="draw", disable=not progress) as bar:
         for index, image_id in enumerate(resolve_image_ids(image_ids, len(pixel_values))):
@@ -219,7 +209,16 @@ def certify_labels(
 
 
 def certify_logits(
-    logits, classifier, *, sigma, alpha=1e-3, method="cdf", pilot=None, deployed_samples=None, beta=0.05
+    logits,
+    classifier,
+    *,
+    sigma,
+    alpha=1e-3,
+    method="cdf",
+    pilot=None,
+    deployed_samples=None,
+    beta=0.05,
+    num_looks=1,
 ) -> LabelCertificate:
     """Turn the logits of independent draws into a [`LabelCertificate`]: no model needed.
 
@@ -231,11 +230,12 @@ def certify_logits(
 
     The other arguments are those of `certify_scores`.
     """
-    if method not in LABEL_METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(LABEL_METHODS)}, got {method!r}")
-    check_options(sigma=sigma, epsilons=(), alpha=alpha, method=method)
     logits = np.asarray(logits, np.float64)
+    if logits.ndim != 2 or not np.all(np.isfinite(logits)):
+        raise ValueError(f"`logits` must be finite, of shape (draws, classes), got shape {logits.shape}")
     n, num_classes = logits.shape
+    check_label_options(n, sigma=sigma, alpha=alpha, method=method, beta=beta, deployed_samples=deployed_samples)
+    alpha_of_look = alpha / num_looks
     if num_classes != len(classifier.weight):
         raise ValueError(
             f"`logits` must have a column for each of {len(classifier.weight)} classes, got {num_classes}"
@@ -255,7 +255,7 @@ def certify_logits(
     scores, slack = clean_scores((1.0 + margins.T) / 2.0)  # (K-1, n')
     # Twice the slack as a raised level, as in `certify_scores`; beyond [-1, 1] the answer is known without sampling.
     raised = levels + 2.0 * slack
-    share = alpha / len(rivals)
+    share = alpha_of_look / len(rivals)
     at_image, radii, band = lower_bounds(
         scores, np.zeros(1), np.clip(raised, _LOWEST, 1.0), sigma=sigma, alpha=share, method=method
     )
@@ -270,11 +270,14 @@ def certify_logits(
     votes = logits.argmax(1)
     voted = int(np.bincount(votes[:pilot]).argmax())
     hits = int((votes[pilot:] == voted).sum())
-    share_of_votes = hits / (n - pilot) if method == "plugin" else float(clopper_pearson_lower(hits, n - pilot, alpha))
+    share_of_votes = (
+        hits / (n - pilot) if method == "plugin" else float(clopper_pearson_lower(hits, n - pilot, alpha_of_look))
+    )
     return LabelCertificate(
         sigma=float(sigma),
         method=method,
         alpha=None if method == "plugin" else float(alpha),
+        num_looks=num_looks,
         num_samples=n - pilot,
         num_pilot=pilot,
         num_classes=num_classes,
@@ -286,6 +289,15 @@ def certify_logits(
         hard_vote_radius=float(sigma * max(ndtri(share_of_votes), 0.0)),
         deployed=deployed,
     )
+
+
+def check_label_options(num_samples, *, method, **options):
+    """Raise `ValueError` unless a label can be certified like this."""
+    if method not in LABEL_METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(LABEL_METHODS)}, got {method!r}")
+    check_options(method=method, **options)
+    if num_samples < 2:
+        raise ValueError(f"`num_samples` must be >= 2, one to choose the label, got {num_samples}")
 
 
 def _deployed_radius(survival, thresholds, levels, radii, sigma, num_draws, beta):

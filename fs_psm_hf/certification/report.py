@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from .certified import confidence, round_down
+
 
 def format_table(certificates, null_cosine: float | None = None) -> str:
     """Mean certified numbers over images, a row per setting: the paper's columns, and what they are worth.
@@ -29,20 +31,22 @@ def format_table(certificates, null_cosine: float | None = None) -> str:
     rows = [header]
     for (sigma, feature, anchor, method, alpha, level), group in groups.items():
         row = [f"{sigma:g}", feature or "-", anchor or "-", method]
-        row += [
-            "none" if alpha is None else f"{100 * (1 - alpha):g} %",
-            f"{np.mean([c.num_samples for c in group]):.0f}",
-        ]
-        row += [f"{len(group)}"]
+        row += ["none" if alpha is None else confidence(alpha)]
+        row += [f"{np.mean([c.num_samples for c in group]):.0f}"]
+        # A certificate per token is not an image more.
+        row += [f"{sum(c.token in (None, 0) for c in group)}"]
         row += [f"{np.mean([c.robustness_score for c in group]):.4f}"]
-        row += [f"{bound:+.4f}" for bound in np.mean([c.inner_product_bounds for c in group], axis=0)]
-        row += [f"{np.mean([c.radius for c in group]):.4f} ({level:g})"]
+        means = np.mean([c.inner_product_bounds for c in group], axis=0)
+        row += [f"{round_down(bound, 4):+.4f}" for bound in means]
+        row += [f"{round_down(float(np.mean([c.radius for c in group])), 4):.4f} ({level:g})"]
         row += [f"{100 * np.mean([c.abstained for c in group]):.0f} %"]
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines.append("eps: mean lower bound on the inner product with the anchor; a negative one bounds no cosine.")
+    if any(c.alpha is not None for c in certificates):
+        lines.append("confidence: of each certificate by itself.")
     lines.append("radius: mean l2 radius in [0, 1] pixels that keeps the cosine in brackets; 0 where abstained.")
     if any(not c.is_certificate for c in certificates):
         lines.append("plugin: the sample mean in place of a confidence bound; not a certificate.")
@@ -67,8 +71,7 @@ def format_label_table(certificates) -> str:
     if not certificates:
         raise ValueError("`certificates` must be one or more")
     first = certificates[0]
-    confidence = "no confidence" if first.alpha is None else f"{100 * (1 - first.alpha):g} % confidence"
-    header = f"labels, {len(certificates)} images, {first.num_classes} classes, {first.method}, {confidence}"
+    header = f"labels, {len(certificates)} images, {first.num_classes} classes, {first.method}, {first.confidence}"
     rows = [("what is classified", "certified", "mean radius", "median radius")]
     kinds = [("smoothed embedding", [c.radius for c in certificates])]
     if all(c.deployed is not None for c in certificates):
@@ -78,7 +81,9 @@ def format_label_table(certificates) -> str:
     kinds.append(("hard vote (another classifier)", [c.hard_vote_radius for c in certificates]))
     for name, radii in kinds:
         certified = f"{100 * np.mean(np.array(radii) > 0):.0f} %"
-        rows.append((name, certified, f"{np.mean(radii):.4f}", f"{np.median(radii):.4f}"))
+        rows.append(
+            (name, certified, *(f"{round_down(float(mean), 4):.4f}" for mean in (np.mean(radii), np.median(radii))))
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.append("hard vote: Cohen et al. 2019 on the labels of single draws; it certifies the majority vote, not the")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -54,7 +55,8 @@ class ResultsFile:
         return self.path.with_name(f"{self.path.name}.part{part}")
 
     def _parts(self):
-        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+        own = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        return sorted(path for path in self.path.parent.iterdir() if own.fullmatch(path.name))
 
     def _rewrite(self, lines):
         # Rewritten whole, then renamed: what was half-written is gone, and a kill here loses nothing.
@@ -117,7 +119,10 @@ class ResultsFile:
         for part in self._parts():
             lines += read_lines(part)
         entries = {line["file"]: line for line in lines if line["kind"] in ("image", "error")}
-        ordered = [entries[name] for name in files if name in entries]
+        missing = [name for name in files if name not in entries]
+        if missing:
+            raise ValueError(f"`output` {self.path} lacks {len(missing)} images, such as {missing[0]}: use --resume")
+        ordered = [entries[name] for name in files]
         images = [line for line in ordered if line["kind"] == "image"]
         summary = [{"kind": "summary", **summarize(images)}] if images else []
         self._rewrite([self.lines[0], *ordered, *summary])
@@ -150,7 +155,10 @@ def read_lines(path) -> list[dict]:
         lines = [json.loads(line) for line in complete.splitlines()]
     except json.JSONDecodeError as error:
         raise ValueError(f"`output` {path} is damaged before its last line: {error}") from error
-    if not all(isinstance(line, dict) and "kind" in line for line in lines):
+    if not all(
+        isinstance(line, dict) and "kind" in line and ("file" in line or line["kind"] not in ("image", "error"))
+        for line in lines
+    ):
         raise ValueError(f"`output` {path} was not written by this command")
     return lines
 

@@ -29,6 +29,8 @@ class SavedDraws:
                 self.num_looks = self.facts["num_looks"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.scores, self.anchor = tensors["scores"].numpy(), tensors["anchor"]
+            for name in ("file", "sigma", "served_samples", "record"):
+                self.facts[name]
         except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
             raise ValueError(f"`{path}` is not a file of saved scores: {error}") from error
         self.features = tensors.get("features")
@@ -50,6 +52,11 @@ class SavedDraws:
         return self.scores[..., :num_samples]
 
 
+def saved_path(folder, image_id) -> Path:
+    """Where the draws of an image are saved."""
+    return Path(folder) / f"{image_id}.safetensors"
+
+
 def save_draws(folder, draws: ScoreDraws, scores, facts):
     """Write `<image id>.safetensors`, whole or not at all.
 
@@ -63,7 +70,7 @@ def save_draws(folder, draws: ScoreDraws, scores, facts):
     tensors = {"scores": torch.from_numpy(np.ascontiguousarray(scores)), "anchor": draws.anchor.cpu().contiguous()}
     if draws.features is not None:
         tensors["features"] = torch.cat(draws.features)
-    path = Path(folder) / f"{draws.record['image_id']}.safetensors"
+    path = saved_path(folder, draws.record["image_id"])
     unfinished = path.with_suffix(".tmp")
     save_file(tensors, unfinished, metadata={"facts": json.dumps(facts | {"record": draws.record})})
     os.replace(unfinished, path)
