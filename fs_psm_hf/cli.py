@@ -59,7 +59,8 @@ def certify(
     """Certify every image of a folder; plug-in estimates beside 1 - alpha certificates from the same draws."""
     given = dict(locals())
     from .certification import format_label_table, format_table
-    from .certification.folder import Question, certify_saved
+    from .certification.folder import certify_saved
+    from .certification.question import Question
     from .inputs import load_classifier
 
     about_draws = (

@@ -9,7 +9,8 @@ from PIL import Image
 from scipy.stats import norm
 
 from fs_psm_hf.certification import certify_scores
-from fs_psm_hf.certification.folder import Question, certify_saved
+from fs_psm_hf.certification.folder import certify_saved
+from fs_psm_hf.certification.question import Question
 from fs_psm_hf.certification.saved import save_draws
 from fs_psm_hf.cli import main
 from fs_psm_hf.plots import (
