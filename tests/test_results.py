@@ -77,6 +77,22 @@ def test_no_certificate_was_beaten():
     assert all(entry["mean_gap_closed"] > 0.5 for entry in half_space)
 
 
+def test_what_stopping_early_saves_and_bounding_costs_is_the_measured():
+    readme = (ROOT / "README.md").read_text()
+    cost = json.loads((BENCHMARKS / "results" / "bounding_cost.json").read_text())
+    assert (cost["images"], cost["num_samples"], cost["radii"]) == (1_000, 10_000, 50)
+    assert cost["seconds"] < 2.0
+    assert f"{cost['seconds']:.2f} s on one core" in readme
+    assert f"{cost['seconds_of_loop_per_image_and_radius']:.2f} s for one image and one radius" in readme
+    result = json.loads((BENCHMARKS / "results" / "tightness.json").read_text())
+    (long,) = [row for row in result["rows"] if row["recorded"] == 10_000]
+    for row in long["adaptive"]:
+        if row.get("target_radius") == 0.2 or row.get("tolerance") == 0.05:
+            used = sum(row["num_samples"]) / len(row["num_samples"])
+            assert f"{used:,.0f}" in readme
+            assert f"{100 * row['saved']:.0f} % saved" in readme
+
+
 def test_the_embedded_models_are_small():
     def size(name):
         return sum(path.stat().st_size for path in (CARDS / name).rglob("*") if path.is_file())
