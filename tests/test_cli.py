@@ -275,6 +275,14 @@ def test_help(command, monkeypatch, capsys):
     assert "Usage" in capsys.readouterr().out
 
 
+def test_no_default_is_lost_from_the_help(monkeypatch, capsys):
+    """Words in square brackets are markup to the help's renderer."""
+    assert run(monkeypatch, "certify", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: the checkpoint's)" in shown
+    assert "(default: the operating system's)" in shown
+
+
 def test_env_prints_versions(monkeypatch, capsys):
     assert run(monkeypatch, "env") == 0
     assert "transformers: 5." in capsys.readouterr().out
