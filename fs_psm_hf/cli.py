@@ -80,7 +80,7 @@ def certify(
             raise ValueError("`--plot` draws certificates of whole features, not `--per-token`")
         check_picture(plot)
     if num_samples is None:
-        num_samples = 0 if from_scores is not None else 10_000
+        num_samples = None if from_scores is not None else 10_000
     elif num_samples < 1:
         raise ValueError(f"`--num-samples` must be >= 1, got {num_samples}")
     question = Question(

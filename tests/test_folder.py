@@ -149,6 +149,18 @@ def test_stopping_early_is_paid_for_by_every_number(setting, monkeypatch):
     assert run(monkeypatch, *asked, "--tolerance", 0.1) == 2
 
 
+def test_images_that_stopped_at_different_looks_keep_all_their_draws(setting, monkeypatch):
+    saved = [*command(setting, "out.jsonl", "--save-scores", setting / "scores")]
+    for count, only in ((1000, []), (500, ["--limit", 1, "--resume"])):
+        (setting / "out.jsonl").unlink(missing_ok=True)
+        assert run(monkeypatch, *saved, "--num-samples", count, *only) == 0
+    asked = ["--from-scores", setting / "scores", "--output", setting / "later.jsonl"]
+    assert run(monkeypatch, *asked) == 0
+    found = [line["certificates"][0]["num_samples"] for line in images_of(setting / "later.jsonl")]
+    assert found == [500, 1000, 1000, 1000]
+    assert lines(setting / "later.jsonl")[0]["num_samples"] is None
+
+
 def test_per_token_and_centred_runs(setting, monkeypatch, capsys):
     tokens = ["--feature", "tokens", "--per-token", "--num-samples", 200]
     assert run(monkeypatch, *command(setting, "tokens.jsonl", *tokens)) == 0

@@ -96,7 +96,7 @@ def test_a_purifier_of_yours_enters_by_class_and_weights():
             return images * self.weight
 
     class Other(Blur):
-        pass
+        """Other code under another name."""
 
     def build(purifier):
         return SmoothedVisionTower.from_components(

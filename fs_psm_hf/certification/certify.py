@@ -139,10 +139,10 @@ def check_certifiable(tower, pixel_values):
         )
 
 
-def describe_run(tower, pixel_values, feature, generator, center=None) -> dict:
+def describe_run(tower, pixel_values, feature, generator, center=None, description=None) -> dict:
     """The fields of [`Certified`] that are common to the images of one call, the resolved seed among them."""
     return {
-        **describe(tower),
+        **(description or describe(tower)),
         "model": model_name(tower),
         "psm": psm_name(tower),
         "image_size": tuple(pixel_values.shape[-2:]),
@@ -165,11 +165,13 @@ def draw_scores(
     image_ids=None,
     keep=False,
     progress=None,
+    description=None,
 ):
     """The scores of each image, to be drawn on demand: the part of `certify_features` that needs the model.
 
     One stream serves several methods: `dataclasses.replace(certify_scores(draws.take(n), ...), **draws.record)`.
-    Arguments and errors are those of `certify_features`.
+    Arguments and errors are those of `certify_features`; `description` is what `describe` says of the tower, for a caller
+    with many images, whose weights need to be hashed once only.
 
     Yields:
         [`ScoreDraws`]: one per image. Draws that were taken are remembered.
@@ -190,7 +192,7 @@ def draw_scores(
         raise ValueError("`center` must be finite")
     image_ids = resolve_image_ids(image_ids, len(pixel_values))
     # One seed for the call, and one image at a time: the noise of an image does not depend on its neighbours.
-    record = describe_run(tower, pixel_values, feature, generator, center) | {"anchor": kind}
+    record = describe_run(tower, pixel_values, feature, generator, center, description) | {"anchor": kind}
     options = {"feature": feature, "center": center, "per_token": per_token}
     for index, image_id in enumerate(image_ids):
         image = pixel_values[index : index + 1]

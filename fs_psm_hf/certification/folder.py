@@ -62,10 +62,11 @@ def certify_folder(
         for clean in _clean_features(tower, processor, root, files, feature, progress=False, desc=None):
             question.check_width(len(clean))
             break
+    description = describe(tower)
     asked = {
         **(settings or {}), **question.settings(), "sigma": sigma, "served_samples": served,
         "anchor": anchor, "feature": feature, "per_token": per_token, "center": center is not None and vector_hash(center),
-        **describe(tower), "model": model_name(tower), "psm": psm_name(tower), "device": tower.device.type,
+        **description, "model": model_name(tower), "psm": psm_name(tower), "device": tower.device.type,
         "max_batch_size": tower.config.max_batch_size, "seed": resolve_seed(seed),
         "seed_source": "os" if seed is None else "given",
     }  # fmt: skip
@@ -106,7 +107,7 @@ def certify_folder(
                 continue
             (draws,) = draw_scores(
                 tower, pixels, anchor=anchor, feature=feature, center=center, per_token=per_token, generator=seed,
-                image_ids=[image_name(name)], keep=keep, progress=bar,
+                image_ids=[image_name(name)], keep=keep, progress=bar, description=description,
             )  # fmt: skip
             draws.record["seed_source"] = results.settings["seed_source"]
             line = question.answer(draws, sigma, served)
@@ -137,7 +138,7 @@ def certify_saved(folder, output, question, *, served_samples=None, command=None
 
     Args:
         folder (`Path`): written by `certify_folder(..., save_scores=...)`.
-        question ([`Question`]): `num_samples=0` takes all that were saved.
+        question ([`Question`]): `num_samples=None` takes all that were saved of each image.
         served_samples (`int`, *optional*): another n₀ for the `deployed` part.
 
     Returns:
@@ -155,13 +156,14 @@ def certify_saved(folder, output, question, *, served_samples=None, command=None
     question.check(sigma, served)
     if question.curve and saved[0].anchor.ndim == 2:
         raise ValueError("`--plot` draws certificates of whole features, not of single tokens as these are")
-    if not question.num_samples:
-        question = dataclasses.replace(question, num_samples=min(draws.num_samples for draws in saved))
     shared = {name: value for name, value in saved[0].record.items() if name != "image_id"}
     settings = question.settings() | {"from_scores": Path(folder).resolve().name, "sigma": sigma, **shared}
     results = ResultsFile(output, settings | {"served_samples": served})
     for draws in saved:
-        results.append({"kind": "image", "file": draws.facts["file"], **question.answer(draws, sigma, served)})
+        asked = question
+        if question.num_samples is None:  # where the draws stopped early, images have different numbers of them
+            asked = dataclasses.replace(question, num_samples=draws.num_samples)
+        results.append({"kind": "image", "file": draws.facts["file"], **asked.answer(draws, sigma, served)})
     # The anchors of different images: the clean features themselves, or their smoothed counterparts.
     alike = shared["anchor"] != "given"
     null_cosine = _null_cosine(draws.anchor.double() for draws in saved) if alike else None

@@ -20,7 +20,7 @@ class Question:
 
     Args:
         methods (`tuple[str, ...]`): see `certify_scores`; the first is the one that may stop early.
-        num_samples (`int`): draws to use.
+        num_samples (`int` or `None`): draws to use; `None` for all that were saved.
         classifier ([`Classifier`], *optional*): also certify the label.
         curve (`bool`): also bound the cosine on a fine grid of radii, for a picture.
 
@@ -29,7 +29,7 @@ class Question:
 
     methods: tuple[str, ...] = ("cdf", "plugin")
     epsilons: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75)
-    num_samples: int = 10_000
+    num_samples: int | None = 10_000
     alpha: float = 1e-3
     level: float = 0.5
     beta: float = 0.05
@@ -47,6 +47,8 @@ class Question:
         """Refuse what cannot be asked, before hours of draws."""
         if not self.methods:
             raise ValueError("`--method` must be given at least once")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"`num_samples` must be >= 1, got {self.num_samples}")
         check_adaptive(self.target_radius, self.tolerance, self.methods[0])
         for method in self.methods:
             check_options(method=method, sigma=sigma, **self._options(), **self._served(method, served_samples))
