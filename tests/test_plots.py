@@ -131,7 +131,9 @@ def scores_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(scores_folder):
     """Lines of a results file made for real."""
-    return certify_saved(scores_folder, scores_folder.parent / "out.jsonl", Question(num_samples=None, curve=True)).lines
+    return certify_saved(
+        scores_folder, scores_folder.parent / "out.jsonl", Question(num_samples=None, curve=True)
+    ).lines
 
 
 def made(radii, bounds=(0.5, 0.2, -0.1)):
