@@ -190,6 +190,39 @@ def tables(
     typer.echo(format_paper_table(paper, results))
 
 
+convert_app = typer.Typer(help="Turn checkpoints of other code into model folders.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
+
+@convert_app.command("guided-diffusion")
+def convert_guided_diffusion(
+    checkpoint: Annotated[Path, typer.Option(help="State dict, such as 256x256_diffusion_uncond.pt.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    output_format: Annotated[str, typer.Option("--format", help="psm (a purifier) or unet (diffusers' UNet2DModel).")] = "psm",
+    num_head_channels: Annotated[int | None, typer.Option(help="Its flag of this name (default: 64).")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Its flag of this name, where it has no --num-head-channels.")] = None,
+    new_attention_order: Annotated[bool, typer.Option(help="Its --use_new_attention_order was True.")] = False,
+    image_size: Annotated[int | None, typer.Option(help="Its flag of this name (default: by the channels, if known).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the checkpoint's).")] = None,
+):  # fmt: skip
+    """Convert an OpenAI guided-diffusion U-Net; a purifier needs one trained to predict noise on the linear schedule."""
+    import torch
+    from transformers.utils import logging
+
+    from .conversion import convert_guided_diffusion_checkpoint
+    from .inputs import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype}")
+    logging.disable_progress_bar()
+    folder = convert_guided_diffusion_checkpoint(
+        checkpoint, output, output_format=output_format, dtype=None if dtype is None else getattr(torch, dtype),
+        num_head_channels=num_head_channels, num_heads=num_heads, use_new_attention_order=new_attention_order,
+        image_size=image_size,
+    )  # fmt: skip
+    typer.echo(f"wrote {folder}")
+
+
 @app.command()
 def env():
     """Print the versions a bug report needs."""

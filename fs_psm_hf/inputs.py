@@ -43,20 +43,22 @@ def list_images(folder, where, limit, option="--images"):
     return names[:limit]
 
 
-def load_tower(name, psm_name=None, processor_name=None, sigma=None, num_samples=None, dtype=None):
+def load_tower(name, psm_name=None, processor_name=None, sigma=None, num_samples=None, dtype=None, revision=None):
     """A smoothed tower and its image processor from whatever `name` holds: tower, host, CLIP or vision model."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype}")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         raise ValueError(f"`--tower` must be a model folder or a Hub id, got {name}: {error}") from error
     try:
-        processor = AutoImageProcessor.from_pretrained(processor_name or name)
+        processor = AutoImageProcessor.from_pretrained(
+            processor_name or name, revision=None if processor_name else revision
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"`--processor` is needed: {processor_name or name} holds no image processor") from error
     psm = None if psm_name is None else PSMModel.from_pretrained(psm_name)
-    precision = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    precision = {"revision": revision} | ({} if dtype is None else {"dtype": getattr(torch, dtype)})
 
     def load(model_class, leftover=(), **options):
         # What is left over is judged there, in a sentence; transformers' own report would be a page.

@@ -159,27 +159,34 @@ class UNetPurifier(nn.Module):
     With y = 2·images − 1 and s = 2σ (both in [-1, 1] units), x̂ = c_skip·y + c_out·F(c_in·y, c_noise). σ = 0 gives the
     images back exactly, whatever the weights.
 
+    A UNet of 3·p² channels works on patches of p × p pixels (`pixel_unshuffle`, as FFDNet does with p = 2): the costly
+    convolutions at full resolution fall away, which a strong noise leaves little to find for.
+
     Args:
-        unet (`UNet2DModel`): three channels in, three out.
+        unet (`UNet2DModel`): 3·p² channels in and out, three for p = 1.
         sigma_data (`float`, *optional*, defaults to 0.5): standard deviation of clean [-1, 1] pixels.
     """
 
-    output_channels = (3,)
-
     def __init__(self, unet: UNet2DModel, sigma_data: float = 0.5):
         super().__init__()
-        if unet.config.in_channels != 3 or unet.config.out_channels not in self.output_channels:
-            raise ValueError(
-                f"`unet` must have in_channels 3 and out_channels in {self.output_channels}, "
-                f"got {unet.config.in_channels} and {unet.config.out_channels}."
-            )
+        self.patch = self._patch_of(unet.config.in_channels, unet.config.out_channels)
         self.unet = unet
         self.sigma_data = sigma_data
+
+    @staticmethod
+    def _patch_of(in_channels: int, out_channels: int) -> int:
+        patch = math.isqrt(in_channels // 3)
+        if patch < 1 or in_channels != 3 * patch**2 or out_channels != in_channels:
+            raise ValueError(
+                "`unet` must have 3, 12, 27, ... (3·p²) in_channels and as many out_channels, "
+                f"got {in_channels} and {out_channels}."
+            )
+        return patch
 
     @property
     def downsample_factor(self) -> int:
         """`int`: the UNet works on heights and widths that this divides; others are padded and cropped."""
-        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return self.patch * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Preconditioning factors c_skip, c_out, c_in and c_noise for [-1, 1] images.
@@ -240,8 +247,12 @@ class UNetPurifier(nn.Module):
             padded = F.pad(inputs, (left, across - left, top, down - top), mode="reflect")
         else:
             padded = inputs
+        if self.patch > 1:
+            padded = F.pixel_unshuffle(padded, self.patch)
         # The timestep stays float32: bfloat16 has 8 bits, too few to tell neighbouring timesteps apart.
         output = self.unet(padded.to(self.unet.dtype), timestep.to(inputs.device, torch.float32)).sample
+        if self.patch > 1:
+            output = F.pixel_shuffle(output, self.patch)
         return output[:, :3, top : top + height, left : left + width].to(inputs)
 
 
@@ -260,13 +271,19 @@ class DiffusionPurifier(UNetPurifier):
             guided-diffusion's, 1000 steps with β linear from 1e-4 to 0.02, which reaches σ = 78.
     """
 
-    output_channels = (3, 6)
-
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler | None = None):
         super().__init__(unet)
         if scheduler is None:
             scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
         self.noise_levels = noise_levels(scheduler)
+
+    @staticmethod
+    def _patch_of(in_channels: int, out_channels: int) -> int:
+        if in_channels != 3 or out_channels not in (3, 6):
+            raise ValueError(
+                f"`unet` must have in_channels 3 and out_channels 3 or 6, got {in_channels} and {out_channels}."
+            )
+        return 1
 
     def denoise(self, images: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Estimate the clean images in one step; arguments and errors as in [`UNetPurifier.denoise`].

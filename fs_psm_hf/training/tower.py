@@ -1,0 +1,77 @@
+"""The frozen tower as the losses see it: images in [0, 1] to the features that the mapper refines and the certificate reads."""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ..features import pooled_name
+from ..pixels import channel_tensor, from_unit
+
+
+class FrozenTower:
+    """The wrapped vision model of a [`SmoothedVisionTower`], frozen, in evaluation mode, called without noise.
+
+    Args:
+        tower ([`SmoothedVisionTower`]): without purifier and mapper; its `feature_layer` and `first_token` count.
+        feature (`str`): `"tokens"`, `"cls"` or `"pooled"`, the feature whose cosine is trained.
+        checkpointing (`bool`): keep no activation of the tower for the backward pass, and compute them again there.
+    """
+
+    def __init__(self, tower, feature, checkpointing=False):
+        tower.requires_grad_(False).eval()
+        tower._selection.check(feature)
+        self.tower, self.feature, self.checkpointing = tower, feature, checkpointing
+        self._options, whole = tower._selection.options(feature)
+        self._model = tower._model(whole)
+
+    @property
+    def width(self):
+        """`int`: width of what the mapper refines."""
+        config = self.tower.config
+        if self.feature != "pooled":
+            return config.hidden_size * max(1, len(self.tower._selection.layers))
+        size = self.image_size
+        with torch.no_grad():
+            return self.raw(torch.zeros(1, 3, size, size, device=self.tower.device)).shape[-1]
+
+    @property
+    def num_prefix_tokens(self):
+        """`int`: leading tokens that are no patches."""
+        return int(self.tower._selection.has_class_token)
+
+    def compile(self):
+        """`torch.compile` the tower."""
+        self._model = torch.compile(self._model)
+
+    @property
+    def image_size(self):
+        """`int`: height and width that the tower was made for."""
+        size = self.tower.config.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def raw(self, images):
+        """What the mapper refines, float32: all tokens of the feature layer, or the pooled embedding.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): in [0, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, tokens, width)` or `(batch_size, width)`.
+        """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._raw, images, use_reentrant=False)
+        return self._raw(images)
+
+    def _raw(self, images):
+        config = self.tower.config
+        mean, std = channel_tensor(config.image_mean, images), channel_tensor(config.image_std, images)
+        pixels = from_unit(images, mean, std).to(self.tower.dtype)
+        output = self._model(pixel_values=pixels, return_dict=True, **self._options)
+        if self.feature == "pooled":
+            return output[pooled_name(output)].float()
+        return self.tower._selection.tokens(output).float()
+
+    def vector(self, raw):
+        """The feature of `feature`, out of what [`raw`] gave or the mapper made of it."""
+        if self.feature == "pooled":
+            return raw
+        return raw[:, 0] if self.feature == "cls" else raw[:, self.tower.config.first_token :]
