@@ -67,7 +67,8 @@ class PSMConfig(PreTrainedConfig):
             `"none"`, `"diffusion"` (one step of a diffusers `UNet2DModel` that predicts ε), `"unet"` (light
             σ-conditioned denoiser), or `"own"`, the mark of a module of yours that only `from_components` can set.
         purifier_config (`dict`, *optional*):
-            Arguments of the `UNet2DModel`; the published sizes where not given.
+            Arguments of the `UNet2DModel`, and two more that converted networks may need (`unet.py`); the published sizes
+            where not given.
         mapper_config (`dict`, *optional*):
             Arguments of [`SmoothnessMapper`]; no mapper where not given.
         mapper_feature (`str`, defaults to `"tokens"`):

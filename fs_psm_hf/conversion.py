@@ -2,14 +2,17 @@
 
 The layout of the state dict is that of `UNetModel` in https://github.com/openai/guided-diffusion (Dhariwal & Nichol, 2021).
 Keys and shapes tell channels, levels, residual blocks, attention, kind of resampling, scale-shift, learned variance and
-classes. They do not tell how the attention splits its heads: these are options, by default those of
-`256x256_diffusion_uncond.pt`. Nor do they tell the dropout of training (0 here) and the noise schedule: see
-[`convert_guided_diffusion_checkpoint`].
+classes. They do not tell how the attention splits its heads (options, by default those of `256x256_diffusion_uncond.pt`),
+the dropout of training (0 here), nor the noise schedule: see [`convert_guided_diffusion_checkpoint`].
 
-**What `UNet2DModel` cannot express** is refused; of the published models it concerns the one named:
+**What `UNet2DModel` cannot express** becomes an [`ExtendedUNet2DModel`], in memory or as the purifier of a `PSMModel`:
 
-- a fixed number of heads at levels of different widths (128 px, `--num_heads 4`);
-- a first level that is not as wide as the sinusoidal time embedding (512 px, multipliers 0.5, 1, 1, 2, 2, 4, 4).
+- a fixed number of heads at levels of different widths (guided-diffusion's default flags; the published 128 px model);
+- a first level of another width than the sinusoidal time embedding (the published 512 px model, multipliers 0.5, 1, 1, 2,
+  2, 4, 4). Repeating its 128 channels does not help: where they meet 256 of the next level, the original normalises groups
+  of 12, channels 252 to 263 on both sides; 256 beside 256 make groups of 16. Groups stay only if all levels are repeated.
+
+These two published models know classes: neither is a purifier, and only [`convert_guided_diffusion`] takes them.
 """
 
 import pickle
@@ -24,6 +27,7 @@ from safetensors import SafetensorError
 
 from .configuration_fs_psm import PSMConfig
 from .modeling_psm import PSMModel
+from .unet import ExtendedUNet2DModel, build_unet
 
 
 FORMATS = ("psm", "unet")
@@ -31,7 +35,7 @@ HEAD_CHANNELS = 64
 # `GroupNorm32` of the original: the number of groups is fixed.
 GROUPS = 32
 # Image sizes that the original gives these multipliers; only `sample_size` depends on them, and no forward pass.
-IMAGE_SIZES = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
+IMAGE_SIZES = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256, (0.5, 1, 1, 2, 2, 4, 4): 512}
 # Names inside a residual block or an attention layer: diffusers' on the left, the original's on the right.
 PARTS = {
     "norm1": "in_layers.0",
@@ -91,12 +95,14 @@ def convert_guided_diffusion(
 
     Only the weights of the attention are copied, and what `dtype` changes: the others are shared with `state_dict`. A
     class-conditional network (`label_emb.weight`) gets `num_class_embeds`. Meta tensors give a model of meta tensors.
+    An [`ExtendedUNet2DModel`] does not save by itself.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
             State dict of the original `UNetModel`, with `input_blocks.0.0.weight` of shape `(channels, 3, 3, 3)`.
         num_head_channels (`int`, *optional*), num_heads (`int`, *optional*):
-            Width or number of attention heads, the original's flags of these names; 64 channels where neither is given.
+            Width or number of attention heads, the original's flags of these names; 64 channels where neither is
+            given. A different `--num_heads_upsample` is not represented.
         use_new_attention_order (`bool`, *optional*, defaults to `False`):
             The original's flag: the projection holds (q, k, v) × heads, not heads × (q, k, v).
         image_size (`int`, *optional*):
@@ -106,13 +112,13 @@ def convert_guided_diffusion(
             Floating-point type of the weights; that of `state_dict` where not given.
 
     Raises:
-        ValueError: keys are missing or left over, shapes disagree, or `UNet2DModel` cannot express the network.
+        ValueError: keys are missing or left over, shapes disagree, or an option is out of range.
         TypeError: `state_dict` is not a flat dict of floating-point tensors of one type.
     """
     _check_state_dict(state_dict)
     config = _read_config(state_dict, num_head_channels, num_heads, image_size)
     with torch.device("meta"):
-        unet = UNet2DModel(**config)
+        unet = build_unet(config)
     expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     modules = _original_modules(config)
     sources = {name: _original_name(name, modules) for name in expected}
@@ -139,7 +145,7 @@ def convert_guided_diffusion(
                 f"got {tuple(tensor.shape)}"
             )
         if part in QUERY_KEY_VALUE:
-            heads = shape[0] // (config["attention_head_dim"] or shape[0])
+            heads = config.get("num_attention_heads") or shape[0] // (config["attention_head_dim"] or shape[0])
             tensor = _split_projection(tensor, QUERY_KEY_VALUE.index(part), heads, use_new_attention_order)
         converted[name] = tensor.reshape(shape).to(dtype or tensor.dtype).contiguous()
     unet.load_state_dict(converted, assign=True)
@@ -172,8 +178,8 @@ def convert_guided_diffusion_checkpoint(
         `Path`: the folder.
 
     Raises:
-        ValueError, TypeError: as the two functions named, for an `output` that holds something, or for `"psm"` with a
-            class-conditional network, since a purifier knows no class.
+        ValueError, TypeError: as the two functions named, for an `output` that holds something, for `"psm"` with a
+            class-conditional network, since a purifier knows no class, or for `"unet"` with one beyond `UNet2DModel`.
     """
     if output_format not in FORMATS:
         raise ValueError(f"`output_format` must be one of {', '.join(FORMATS)}, got {output_format!r}")
@@ -181,14 +187,8 @@ def convert_guided_diffusion_checkpoint(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output` must be a new or an empty folder, got {output}")
     state_dict = load_guided_diffusion_checkpoint(checkpoint)
-    if output_format == "psm" and "label_emb.weight" in state_dict:
-        raise ValueError(
-            f"`checkpoint` must be unconditional to become a purifier, got the class-conditional {Path(checkpoint).name}: "
-            "write a plain diffusers U-Net with the format 'unet'"
-        )
     model = convert_guided_diffusion(state_dict, dtype=dtype, **options)
-    if output_format == "psm":
-        model = _as_psm(model)
+    model = _in_format(model, output_format, Path(checkpoint).name)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         try:
@@ -201,7 +201,15 @@ def convert_guided_diffusion_checkpoint(
     return output
 
 
-def _as_psm(unet):
+def _in_format(unet, output_format, name):
+    extended, conditional = isinstance(unet, ExtendedUNet2DModel), unet.config.num_class_embeds is not None
+    if conditional and (extended or output_format == "psm"):
+        way_out = f", and {unet.not_in_diffusers}" if extended else ": write a plain U-Net with the format 'unet'"
+        raise ValueError(f"`checkpoint` must be unconditional to become a purifier, got {name} with classes{way_out}")
+    if output_format == "unet":
+        if extended:
+            raise ValueError(f"`output_format` must be 'psm' for {name}, because {unet.not_in_diffusers}, got 'unet'")
+        return unet
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         psm = PSMModel(PSMConfig(purifier="diffusion", purifier_config=config))
@@ -237,11 +245,6 @@ def _read_config(state_dict, num_head_channels, num_heads, image_size):
         raise ValueError(f"`state_dict` must take 3 channels in, got {in_channels}{upsampler}")
     if out_channels not in (3, 6):
         raise ValueError(f"`state_dict` must give 3 channels, or 6 with a learned variance, got {out_channels}")
-    if time_width != width:
-        raise ValueError(
-            f"`state_dict` must have a first level as wide as its time embedding of {time_width} channels, because "
-            f"diffusers' UNet2DModel ties the two, got {width}"
-        )
     per_level, levels, resample = _read_levels(state_dict)
     # From the lowest resolution up, as the output blocks come.
     first_blocks = [f"output_blocks.{per_level * level}" for level in range(levels)]
@@ -255,7 +258,7 @@ def _read_config(state_dict, num_head_channels, num_heads, image_size):
         ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resample == "resnet" else ("DownBlock2D", "UpBlock2D")
     )
     if image_size is None:
-        image_size = IMAGE_SIZES.get(tuple(channels / width for channels in widths[::-1]))
+        image_size = IMAGE_SIZES.get(tuple(channels / time_width for channels in widths[::-1]))
     else:
         _check_integer("image_size", image_size)
     config = {
@@ -269,10 +272,12 @@ def _read_config(state_dict, num_head_channels, num_heads, image_size):
         "downsample_type": resample,
         "upsample_type": resample,
         "resnet_time_scale_shift": "scale_shift" if time_channels == 2 * widths[0] else "default",
-        "attention_head_dim": _head_width(attention_widths, num_head_channels, num_heads),
+        **_head_options(attention_widths, num_head_channels, num_heads),
         "attn_norm_num_groups": GROUPS,  # without it the middle attention may lose its GroupNorm
         "norm_num_groups": GROUPS,
     }
+    if time_width != width:
+        config |= {"time_proj_dim": time_width, "time_embedding_dim": 4 * time_width}
     if "label_emb.weight" in state_dict:
         config["num_class_embeds"] = _shape_at(state_dict, "label_emb.weight", 2)[0]
     return config
@@ -305,8 +310,8 @@ def _read_levels(state_dict):
     return per_level, levels, "resnet" if ends["resnet"] else "conv"
 
 
-def _head_width(widths, num_head_channels, num_heads):
-    """`attention_head_dim` for attention of these widths; `None` is diffusers' word for one head at every width."""
+def _head_options(widths, num_head_channels, num_heads):
+    """Options for attention of these widths; a width of `None` is diffusers' word for one head at any width."""
     if num_head_channels is not None and num_heads is not None:
         raise ValueError(
             f"`num_heads` must not be given beside `num_head_channels`, got {num_heads} and {num_head_channels}"
@@ -319,13 +324,10 @@ def _head_width(widths, num_head_channels, num_heads):
     if any(width % number for width in widths):
         raise ValueError(f"`{name}` must divide the widths of all attention layers, {sorted(widths)}, got {number}")
     if num_heads is None:
-        return number
-    if len(widths) > 1 and num_heads > 1:
-        raise ValueError(
-            f"`num_heads` must be 1 for attention layers of several widths, {sorted(widths)}, because diffusers' "
-            f"UNet2DModel has one width for all heads, got {num_heads}"
-        )
-    return None if num_heads == 1 else max(widths) // num_heads
+        return {"attention_head_dim": number}
+    if num_heads > 1 and len(widths) > 1:
+        return {"num_attention_heads": num_heads}
+    return {"attention_head_dim": None if num_heads == 1 else max(widths) // num_heads}
 
 
 def _check_integer(name, value):

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_fs_psm import PURIFIERS
+from .unet import build_unet
 
 
 # The 256x256 unconditional guided-diffusion network (Dhariwal & Nichol 2021), 552,814,086 parameters. Six channels
@@ -307,11 +308,11 @@ def build_purifier(kind: str, unet_config: dict | None = None) -> UNetPurifier |
 
     Args:
         kind (`str`): `"diffusion"` ([`DiffusionPurifier`]), `"unet"` ([`UNetPurifier`]) or `"none"` (gives `None`).
-        unet_config (`dict`, *optional*): arguments of `UNet2DModel`; by default `GUIDED_DIFFUSION_256` for
-            `"diffusion"` and `LIGHT_UNET` for `"unet"`.
+        unet_config (`dict`, *optional*): arguments of `UNet2DModel`, and `num_attention_heads` and `time_proj_dim` of
+            [`ExtendedUNet2DModel`]; by default `GUIDED_DIFFUSION_256` for `"diffusion"` and `LIGHT_UNET` for `"unet"`.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: for another kind, or options out of range.
     """
     if kind not in PURIFIERS:
         raise ValueError(f"`kind` must be one of {', '.join(PURIFIERS)}, got {kind!r}.")
@@ -321,6 +322,4 @@ def build_purifier(kind: str, unet_config: dict | None = None) -> UNetPurifier |
         "diffusion": (DiffusionPurifier, GUIDED_DIFFUSION_256),
         "unet": (UNetPurifier, LIGHT_UNET),
     }[kind]
-    config = default if unet_config is None else unet_config
-    # A config saved by diffusers carries its class and version under private keys.
-    return purifier_class(UNet2DModel(**{key: value for key, value in config.items() if not key.startswith("_")}))
+    return purifier_class(build_unet(default if unet_config is None else unet_config))

@@ -137,7 +137,8 @@ class Original:
         """The output, of shape (batch_size, out, height, width)."""
         frequencies = torch.exp(-math.log(10000) * torch.arange(self.channels // 2) / (self.channels // 2))
         angles = timesteps.float()[:, None] * frequencies  # in float32, as the original computes them
-        emb = linear(state, "time_embed.0", torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype))
+        waves = F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, self.channels % 2))
+        emb = linear(state, "time_embed.0", waves.to(x.dtype))
         emb = linear(state, "time_embed.2", F.silu(emb))
         if classes is not None:
             emb = emb + state["label_emb.weight"][classes]
@@ -237,3 +238,13 @@ def half(x):
 
 def twice(x):
     return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+def run_both(net, unet, state):
+    """What the original gives with these weights, and what its conversion gives."""
+    generator, size = torch.Generator().manual_seed(1), max(8, 2 ** (len(net.mult) - 1))
+    x = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
+    timesteps = torch.tensor([3.25, 871.5], dtype=torch.float64)
+    labels = None if net.classes is None else torch.tensor([1, net.classes - 1])
+    with torch.no_grad():
+        return net.run(state, x, timesteps, labels), unet(x, timesteps, labels).sample

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from original_unet import INPUTS_256, OUTPUTS_256, TYPED, Original, module_shapes, with_biases
+from original_unet import INPUTS_256, OUTPUTS_256, TYPED, Original, module_shapes, run_both, with_biases
 
 from fs_psm_hf import PSMModel
 from fs_psm_hf.cli import main
@@ -26,15 +26,6 @@ from fs_psm_hf.purifier import GUIDED_DIFFUSION_256
 
 def meta(shapes):
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
-def run_both(net, unet, state, size=8):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
-    timesteps = torch.tensor([3.25, 871.5], dtype=torch.float64)
-    labels = None if net.classes is None else torch.tensor([1, net.classes - 1])
-    with torch.no_grad():
-        return net.run(state, x, timesteps, labels), unet(x, timesteps, labels).sample
 
 
 BASE = Original(heads=1)
@@ -121,33 +112,36 @@ def test_the_256_px_network_at_full_size():
 
 
 # Flags of the README of guided-diffusion; attention at 32, 16 and 8 pixels unless said otherwise.
+WIDE_512 = (0.5, 1, 1, 2, 2, 4, 4)
+
+
 @pytest.mark.parametrize(
-    ("net", "words"),
+    ("net", "expected"),
     [
         (Original(192, (1, 2, 3, 4), 3, (2, 4, 8), head_channels=64, new_order=True, classes=1000), 64),
-        (Original(256, (1, 1, 2, 3, 4), 2, (4, 8, 16), heads=4, classes=1000), r"\[512, 768, 1024\], because"),
+        (Original(256, (1, 1, 2, 3, 4), 2, (4, 8, 16), heads=4, classes=1000), 128),
         (Original(256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), head_channels=64, classes=1000), 256),
-        (
-            Original(256, (0.5, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), head_channels=64, classes=1000),
-            "ties the two, got 128",
-        ),
-        (Original(256, (1, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), head_channels=64), None),  # 512 px that is expressible
+        (Original(256, WIDE_512, 2, (16, 32, 64), head_channels=64, classes=1000), 512),
+        (Original(256, WIDE_512, 2, (16, 32, 64), head_channels=64), 512),
+        (Original(256, (1, 1, 1, 2, 2, 4, 4), 2, (16, 32, 64), head_channels=64), None),
+        # The defaults of its scripts: attention at 16 and 8 pixels.
+        (Original(128, (1, 2, 3, 4), 2, (4, 8), heads=4, updown=False, out=3), 64),
         (Original(192, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), heads=4, classes=1000, inputs=6), "got 6: an upsampler"),
         (
             Original(192, (1, 1, 2, 2, 4, 4), 2, (16, 32), head_channels=64, classes=1000, inputs=6),
             "got 6: an upsampler",
         ),
     ],
-    ids=["64", "128", "256", "512", "512, other multipliers", "64 to 256", "128 to 512"],
+    ids=["64", "128", "256", "512", "512, no classes", "512, others", "defaults", "64 to 256", "128 to 512"],
 )
-def test_published_flags(net, words):
+def test_published_flags(net, expected):
     state = meta(net.shapes())
-    if isinstance(words, str):
-        with pytest.raises(ValueError, match=words):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
             convert_guided_diffusion(state, **net.options)
         return
     unet = convert_guided_diffusion(state, **net.options)
-    assert unet.config.sample_size == words
+    assert unet.config.sample_size == expected
     assert sum(p.numel() for p in unet.parameters()) == sum(value.numel() for value in state.values())
     assert all(p.is_meta for p in unet.parameters())
 
@@ -336,7 +330,14 @@ def test_a_state_dict_that_does_not_fit_is_one_line(state, words, monkeypatch, c
         (["--checkpoint", "text.pt"], "`checkpoint` must be an undamaged file of torch.save, got text.pt"),
         (["--checkpoint", "empty.pt"], "`checkpoint` must be an undamaged file of torch.save, got empty.pt"),
         (["--checkpoint", "cut.pt"], "`checkpoint` must be an undamaged file of torch.save, got cut.pt"),
-        (["--checkpoint", "classes.pt"], "`checkpoint` must be unconditional to become a purifier"),
+        (
+            ["--checkpoint", "classes.pt"],
+            "`checkpoint` must be unconditional to become a purifier, got classes.pt with classes: write a plain U-Net",
+        ),
+        (
+            ["--checkpoint", "narrow.pt", "--format", "unet"],
+            "`output_format` must be 'psm' for narrow.pt, because diffusers' UNet2DModel has no time_proj_dim 64, got 'unet'",
+        ),
         (["--output", "full"], "`output` must be a new or an empty folder"),
         (["--output", "model.pt"], "`output` must be a new or an empty folder"),
         (["--format", "onnx"], "`output_format` must be one of psm, unet, got 'onnx'"),
@@ -358,6 +359,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, words, monkeypatch,
     (tmp_path / "empty.pt").touch()
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:-5000])
     torch.save(replace(LEGACY, classes=3).state(), "classes.pt")
+    torch.save(replace(LEGACY, channels=64, mult=(0.5, 1)).state(), "narrow.pt")
     before = sorted(tmp_path.rglob("*"))
     given = {"--checkpoint": checkpoint, "--output": "out", "--num-head-channels": 16}
     given |= dict(zip(arguments[::2], arguments[1::2], strict=True))

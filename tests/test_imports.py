@@ -19,6 +19,7 @@ LAYERS = [
         "configuration_fs_psm",
         "loading",
         "truncation",
+        "unet",
         "purifier",
         "mapper",
         "smoothing",
