@@ -19,10 +19,10 @@ from fs_psm_hf import PSMModel, attach, certify_features
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="model_cards/tiny-llava-cifar10")
-    parser.add_argument("--psm", default="model_cards/tiny-denoiser-cifar10", help="'none' for plain smoothing")
+    parser.add_argument("--psm", default="model_cards/fs-psm-tiny-clip-cifar10", help="'none' for plain smoothing")
     parser.add_argument("--image", required=True)
     parser.add_argument("--prompt", default="describe this image in one sentence.")
-    parser.add_argument("--sigma", type=float, default=0.12, help="noise, in [0, 1] pixels")
+    parser.add_argument("--sigma", type=float, default=0.25, help="noise, in [0, 1] pixels")
     parser.add_argument("--num-samples", type=int, default=4, help="draws the served model averages")
     parser.add_argument("--certify", type=int, default=1000, help="draws for the certificate, 0 for none")
     parser.add_argument("--save")

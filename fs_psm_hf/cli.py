@@ -165,6 +165,14 @@ def _command(name, function, given):
     return " ".join(words)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def train(context: typer.Context):
+    """Train a PSM for a tower; --help lists the arguments, those of `accelerate launch -m fs_psm_hf.training`."""
+    from .training.__main__ import main as run
+
+    run(context.args)
+
+
 @app.command()
 def demo(
     models: Annotated[Path, typer.Option(help="Folder with the embedded models.")] = Path("model_cards"),

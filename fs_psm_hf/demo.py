@@ -21,14 +21,14 @@ from .plots import new_figure, plot_rows
 
 
 LLAVA = "tiny-llava-cifar10"
-PSM = "tiny-denoiser-cifar10"
+PSM = "fs-psm-tiny-clip-cifar10"
 RESULTS = Path("results") / "captioning.json"
 QUESTION = "describe this image in one sentence."
-SIGMA = 0.12
+SIGMA = 0.25
 NUM_SAMPLES = 4
 # A fine grid for the curves; the confidence of a certificate covers all of it at once.
-EPSILONS = tuple(step / 200 for step in range(61))
-TABLE_EPSILONS = (0.05, 0.1, 0.2)
+EPSILONS = tuple(step / 100 for step in range(61))
+TABLE_EPSILONS = (0.1, 0.2, 0.3)
 # What attacks on vision-language models commonly allow every pixel.
 ATTACK_BUDGET = 16 / 255
 

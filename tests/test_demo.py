@@ -161,7 +161,7 @@ def test_the_words_say_what_holds_and_what_does_not(shown):
 def test_printed_bounds_are_never_rounded_up(shown):
     first = shown.records[0]
     certificate = dataclasses.replace(
-        first.certificate, cosine_bounds=tuple(0.999 if e < 0.15 else -1.0 for e in EPSILONS), radius=0.0999
+        first.certificate, cosine_bounds=tuple(0.999 if e < 0.25 else -1.0 for e in EPSILONS), radius=0.0999
     )
     line = str(dataclasses.replace(shown, records=[dataclasses.replace(first, certificate=certificate)])).split("\n")[
         2

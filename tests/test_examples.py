@@ -7,9 +7,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import MEAN, SIZE, STD, vision_model
+from tiny_models import MEAN, SIZE, STD, psm_model, vision_model
 from torch import nn
 from transformers import CLIPImageProcessorPil
+
+from fs_psm_hf import PSMModel, SmoothedVisionTower
+from fs_psm_hf.certification import draw_scores
+from fs_psm_hf.certification.folder import image_name, read_image
+from fs_psm_hf.certification.saved import load_draws
 
 
 ROOT = Path(__file__).parents[1]
@@ -63,3 +68,23 @@ def test_plug_into_llava(tmp_path):
     assert "plain:    a photo of" in printed
     assert "smoothed: a photo of" in printed
     assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_scores_of_shared_passes_are_those_of_each_tower_alone(tmp_path):
+    """`psm_scores.py` runs purifier and tower once for two rows; each row is what certification draws from its tower."""
+    save_tower(tmp_path)
+    psm_model().save_pretrained(tmp_path / "psm")
+    options = ["--tower", tmp_path, "--images", tmp_path, "--sigma", 0.3, "--num-samples", 70, "--dtype", "float32"]
+    psm = tmp_path / "psm"
+    run("benchmarks/psm_scores.py", *options, "--purifier", psm, "--mapper", psm, "--output", tmp_path / "scores")
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    for row, mapper in (("FS+P", False), ("FS+P+M", True)):
+        own = PSMModel.from_pretrained(psm)
+        if not mapper:
+            own.mapper = own.config.mapper_config = None
+        tower = SmoothedVisionTower.from_components(vision_model("dinov2"), own, sigma=0.3, processor=processor)
+        for saved in load_draws(tmp_path / "scores" / f"{row}-sigma0.3"):
+            pixels = read_image(tmp_path / saved.facts["file"], processor)
+            names = [image_name(saved.facts["file"])]
+            (draws,) = draw_scores(tower, pixels, feature="cls", generator=0, image_ids=names)
+            np.testing.assert_allclose(saved.take(70), draws.take(70), atol=1e-6)

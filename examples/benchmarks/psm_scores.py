@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel
 
 from fs_psm_hf import PSMModel, SmoothedVisionTower
 from fs_psm_hf.certification import draw_scores
 from fs_psm_hf.certification.folder import image_name, read_image
 from fs_psm_hf.certification.saved import SavedDraws, save_draws, saved_path
 from fs_psm_hf.features import unit_vector
-from fs_psm_hf.inputs import list_images
+from fs_psm_hf.inputs import list_images, load_tower
 
 
 class HalfFFDNet(torch.nn.Module):
@@ -37,17 +36,25 @@ class HalfFFDNet(torch.nn.Module):
         return self.network.denoise(images.bfloat16(), sigma).float()
 
 
+def load_purifier(name):
+    """`(own purifier or None, PSM without its mapper or None)` of `none`, a PSM, or `ffdnet:WEIGHTS`."""
+    kind, _, weights = name.partition(":")
+    if kind == "ffdnet":
+        return HalfFFDNet(weights).eval(), None
+    if kind == "none":
+        return None, None
+    psm = PSMModel.from_pretrained(name)
+    psm.mapper = psm.config.mapper_config = None
+    return None, psm
+
+
 def build_towers(args):
     """`{row: (tower, mapper or None)}`; the first tower makes the passes, the others share its parts."""
-    base = AutoModel.from_pretrained(args.tower, dtype=args.dtype).eval()
-    processor = AutoImageProcessor.from_pretrained(args.tower)
-    settings = {"sigma": args.sigma, "num_samples": 4, "processor": processor}
-    kind, _, weights = args.purifier.partition(":")
-    own = HalfFFDNet(weights).eval() if kind == "ffdnet" else None
-    psm = None if own or kind == "none" else PSMModel.from_pretrained(args.purifier)
-    name = "FS" + ("+FFDNet" if own else "" if psm is None else "+P")
-    if psm is not None and psm.mapper is not None:
-        psm.mapper = psm.config.mapper_config = None
+    plain, processor = load_tower(args.tower, dtype=args.dtype)
+    base, names = plain.vision_tower, ("image_mean", "image_std", "feature_layer", "first_token")
+    settings = {"sigma": args.sigma, "num_samples": 4} | {name: getattr(plain.config, name) for name in names}
+    own, psm = load_purifier(args.purifier)
+    name = args.row or "FS" + ("+FFDNet" if own else "" if psm is None else "+P")
     towers = {name: SmoothedVisionTower.from_components(base, own or psm, **settings)}
     if args.mapper is not None:
         mapped = PSMModel.from_pretrained(args.mapper)
@@ -90,6 +97,7 @@ def main():
     parser.add_argument("--sigma", type=float, required=True)
     parser.add_argument("--purifier", default="none", help="none, a PSM, or ffdnet:WEIGHTS")
     parser.add_argument("--mapper", help="a PSM whose mapper gives a second row")
+    parser.add_argument("--row", help="name of the row without the mapper (default: FS, FS+P or FS+FFDNet)")
     parser.add_argument("--num-samples", type=int, default=200)
     parser.add_argument("--feature", default="cls")
     parser.add_argument("--seed", type=int, default=0)
