@@ -6,6 +6,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from fs_psm_hf import PSMConfig, PSMModel
 from fs_psm_hf.purifier import (
     GUIDED_DIFFUSION_256,
     LIGHT_UNET,
@@ -227,8 +228,11 @@ def test_build_purifier():
     assert type(rebuilt) is UNetPurifier
     with pytest.raises(ValueError, match="must be one of none, diffusion, unet, got 'vae'"):
         build_purifier("vae")
-    with pytest.raises(ValueError, match=r"out_channels in \(3,\), got 3 and 6"):
-        build_purifier("unet", TINY_UNET | {"out_channels": 6})
+    for inside, outside in ((3, 6), (12, 3), (6, 6), (24, 24)):
+        with pytest.raises(ValueError, match=rf"3, 12, 27, .* as many out_channels, got {inside} and {outside}"):
+            UNetPurifier(UNet2DModel(**TINY_UNET | {"in_channels": inside, "out_channels": outside}))
+    with pytest.raises(ValueError, match="in_channels 3 and out_channels 3 or 6, got 12 and 12"):
+        build_purifier("diffusion", TINY_UNET | {"in_channels": 12, "out_channels": 12})
     with pytest.raises(ValueError, match="in_channels 3"):
         build_purifier("diffusion", TINY_UNET | {"in_channels": 1})
 
@@ -268,3 +272,71 @@ def test_bad_sigma(purifier, images, sigma, error, message):
 def test_sigma_beyond_the_schedule(images):
     with pytest.raises(ValueError, match=r"<= 78.7, the schedule's last noise level, got 100"):
         build_purifier("diffusion", TINY_UNET).denoise(images, 100.0)
+
+
+def patches(images, size):
+    """Non-overlapping patches as channels, by numpy: channel c·p² + i·p + j is pixel (i, j) of channel c."""
+    batch, channels, height, width = images.shape
+    cut = images.reshape(batch, channels, height // size, size, width // size, size)
+    return cut.transpose(0, 1, 3, 5, 2, 4).reshape(batch, channels * size**2, height // size, width // size)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_unet_on_patches(size):
+    """The network sees patches of the padded image and answers with patches; the preconditioning stays per pixel."""
+    torch.manual_seed(0)
+    channels = {"in_channels": 3 * size**2, "out_channels": 3 * size**2}
+    purifier = build_purifier("unet", TINY_UNET | channels).double()
+    assert (purifier.patch, purifier.downsample_factor) == (size, 2 * size)
+    noisy = torch.rand(2, 3, 4 * size, 6 * size, dtype=torch.float64)
+    s, data = 0.5, 0.5
+    c_noise = torch.full((2,), 1000 * math.atan(s / data) / (math.pi / 2), dtype=torch.float32)
+    seen = torch.from_numpy(patches(((2 * noisy - 1) / math.hypot(s, data)).numpy(), size))
+    output = purifier.unet(seen, c_noise).sample.detach().numpy()
+    found = purifier.denoise(noisy, 0.25)
+    level = math.hypot(s, data)
+    prediction = ((2 * found - 1) - (2 * noisy - 1) * data**2 / level**2) * level / (s * data)
+    np.testing.assert_allclose(patches(prediction.detach().numpy(), size), output, rtol=0, atol=1e-9)
+    assert torch.equal(purifier.denoise(noisy, 0), noisy)
+
+
+def test_a_unet_on_patches_pads_and_keeps_pixels_in_place():
+    torch.manual_seed(0)
+    purifier = build_purifier("unet", TINY_UNET | {"in_channels": 12, "out_channels": 12})
+    image = torch.rand(1, 3, 10, 13)
+    padded = np.pad(image.numpy(), ((0, 0), (0, 0), (1, 1), (1, 2)), mode="reflect")
+    whole = purifier.denoise(torch.from_numpy(padded), 0.25)
+    assert whole.shape[-2:] == (12, 16)
+    torch.testing.assert_close(purifier.denoise(image, 0.25), whole[:, :, 1:11, 1:14], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="at least 3 pixels high and wide, got 1x16"):
+        purifier.denoise(torch.rand(1, 3, 1, 16), 0.25)
+
+
+def test_a_unet_on_patches_saves_and_reloads(tmp_path, images):
+    torch.manual_seed(0)
+    unet = TINY_UNET | {"in_channels": 12, "out_channels": 12}
+    psm = PSMModel(PSMConfig(purifier="unet", purifier_config=unet)).eval()
+    psm.save_pretrained(tmp_path)
+    reloaded = PSMModel.from_pretrained(tmp_path)
+    assert reloaded.purifier.patch == 2
+    assert torch.equal(reloaded(images, 0.25), psm(images, 0.25))
+    assert not torch.equal(reloaded(images, 0.25), images)
+
+
+def test_a_unet_on_patches_learns():
+    """The error at the noise level it is trained for falls below that of the noisy image, and gradients reach it."""
+    torch.manual_seed(0)
+    purifier = build_purifier("unet", TINY_UNET | {"in_channels": 12, "out_channels": 12})
+    optimizer = torch.optim.Adam(purifier.parameters(), lr=1e-2)
+    clean = torch.rand(8, 3, 1, 1).expand(-1, -1, 8, 8)
+    for _ in range(60):
+        noisy = clean + 0.25 * torch.randn(8, 3, 8, 8)
+        loss = (purifier(noisy, 0.25) - clean).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noisy = (clean + 0.25 * torch.randn(8, 3, 8, 8)).requires_grad_()
+    purified = purifier(noisy, 0.25)
+    assert (purified - clean).square().mean() < 0.3 * 0.25**2
+    purified.sum().backward()
+    assert (noisy.grad != 0).all()

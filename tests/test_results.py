@@ -93,6 +93,36 @@ def test_what_stopping_early_saves_and_bounding_costs_is_the_measured():
             assert f"{100 * row['saved']:.0f} % saved" in readme
 
 
+PSMS = ["fs-psm-tiny-clip-cifar10"]
+
+
+@pytest.mark.parametrize("name", PSMS)
+def test_the_tables_of_a_psm_are_the_measured_ones(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from clean_utility import format_rows
+    from psm_table import format_table
+
+    card = (CARDS / name / "README.md").read_text()
+    table = json.loads((CARDS / name / "results" / "table5.json").read_text())
+    assert format_table(table) in card
+    for rows in table["rows"].values():
+        for kind in ("plugin", "cdf"):
+            radius = {row: values[kind]["mean_radius"] for row, values in rows.items() if kind in values}
+            assert radius["FS+P+M"] > radius["FS+P"] > radius["FS"]
+    utility = json.loads((CARDS / name / "results" / "clean_utility.json").read_text())
+    assert format_rows(utility) in card
+
+
+@pytest.mark.parametrize("name", PSMS)
+def test_a_psm_is_small_and_says_what_it_was_trained_for(name):
+    weights = list((CARDS / name).glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in weights) <= 25e6
+    assert all(path.stat().st_size <= 15e6 for path in weights)
+    psm = PSMModel.from_pretrained(CARDS / name)
+    assert psm.dtype == torch.bfloat16
+    assert psm.config.base_model_name_or_path
+
+
 def test_the_embedded_models_are_small():
     def size(name):
         return sum(path.stat().st_size for path in (CARDS / name).rglob("*") if path.is_file())

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from transformers import HfArgumentParser, SchedulerType
+from transformers import HfArgumentParser
 
 from ..configuration_fs_psm import PURIFIERS
 from ..features import FEATURES
@@ -15,6 +15,10 @@ from .presets import PRESETS, STAGE_DEFAULTS
 STAGES = ("purifier", "mapper", "both")
 PRECISIONS = ("no", "fp16", "bf16")
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+# Those of transformers that need the number of steps and of warm-up steps only.
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 
 
 def _option(default, text):
@@ -58,6 +62,7 @@ class PSMTrainingArguments:
     resolution: int | None = _option(None, "height and width in pixels (default: the tower's)")
     center_crop: bool = _option(False, "crop the middle, not a random square")
     random_flip: bool = _option(False, "flip half of the images")
+    random_resize: bool = _option(False, "crop from images of any size between the resolution and their own")
     feature_cache_dir: str | None = _option(None, "keep clean features on disk; needs --center_crop")
     cache_dir: str | None = _option(None, "where datasets keeps downloads")
     dataloader_num_workers: int = _option(0, "processes that read images")
@@ -85,7 +90,7 @@ class PSMTrainingArguments:
     adam_beta2: float = _option(0.999, "AdamW")
     adam_weight_decay: float = _option(1e-2, "AdamW, on matrices and kernels only")
     adam_epsilon: float = _option(1e-8, "AdamW")
-    max_grad_norm: float = _option(1.0, "clip the gradient to this length")
+    max_grad_norm: float = _option(1.0, "clip the gradient to this length; 0: do not")
     use_ema: bool | None = _option(None, "average the weights (purifier: yes, mapper: no)")
     ema_max_decay: float = _option(0.99, "decay of that average")
     mixed_precision: str | None = _option(None, "no, fp16 or bf16 (default: accelerate's configuration)")
@@ -112,7 +117,7 @@ class PSMTrainingArguments:
             ("preset", (None, *PRESETS)),
             ("feature", (None, *FEATURES)),
             ("purifier", (None, *PURIFIERS)),
-            ("lr_scheduler", (None, *(kind.value for kind in SchedulerType))),
+            ("lr_scheduler", (None, *SCHEDULERS)),
             ("mixed_precision", (None, *PRECISIONS)),
             ("weights_dtype", WEIGHT_DTYPES),
         ):
@@ -123,6 +128,11 @@ class PSMTrainingArguments:
             value = getattr(self, name)
             if value is not None and not (least <= value < math.inf):
                 raise ValueError(f"`--{name}` must be >= {least}, got {value}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` must be < 1, got {getattr(self, name)}")
+        if self.ema_max_decay > 1:
+            raise ValueError(f"`--ema_max_decay` must be <= 1, got {self.ema_max_decay}")
         for name in ("sigma", "sigma_min", "sigma_max"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -145,6 +155,8 @@ class PSMTrainingArguments:
             raise ValueError(
                 "`--feature_cache_dir` needs `--center_crop` and no `--random_flip`: random crops never repeat"
             )
+        if self.random_resize and self.center_crop:
+            raise ValueError("`--random_resize` must not be given with `--center_crop`, which crops the whole image")
         self._fill(PRESETS[self.preset] if self.preset else {})
         self._fill({"feature": "tokens"})
         if self.pretrained_model_name_or_path is None:
@@ -166,10 +178,12 @@ class PSMTrainingArguments:
                     "`--purifier` diffusion must start from a trained network: make one with `fs-psm convert "
                     "guided-diffusion` and give it as `--pretrained_psm_name_or_path`"
                 )
-        elif self.purifier in ("unet", "diffusion") and self.pretrained_psm_name_or_path is None:
+        elif self.purifier != "none" and self.pretrained_psm_name_or_path is None:
             raise ValueError(
                 "stage mapper must have the trained purifier as `--pretrained_psm_name_or_path`, or `--purifier` none"
             )
+        elif not (self.lambda_rb > 0 or self.lambda_stats > 0):  # the identity loss is zero by construction
+            raise ValueError("stage mapper must have a loss with a weight > 0: `--lambda_rb` or `--lambda_stats`")
 
     def _fill(self, values):
         for name, value in values.items():
@@ -244,6 +258,11 @@ def parse_arguments(argv):
         if stage == "mapper":
             tail += ["--pretrained_psm_name_or_path", str(Path(whole.output_dir) / "purifier")]
         stages.append(_parse(parser, common + sections[stage] + typed + tail))
+    purifier, mapper = stages
+    # What is published is the result of both.
+    purifier.push_to_hub = False
+    if mapper.hub_model_id is None:
+        mapper.hub_model_id = Path(whole.output_dir).resolve().name
     return stages
 
 
@@ -287,13 +306,15 @@ def _read_config(path):
 
 
 def _words(path, values):
-    known = {f.name for f in fields(PSMTrainingArguments)}
+    known = {f.name: f for f in fields(PSMTrainingArguments)}
     words = []
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"`--config` {path} has an unknown argument {name!r}")
         if value is None:
             continue
+        if isinstance(value, list) and "nargs" not in known[name].metadata:
+            raise ValueError(f"`--config` {path} must have one value for {name}, got {value}")
         words.append(f"--{name}")
         if isinstance(value, dict):
             words.append(json.dumps(value))

@@ -36,18 +36,30 @@ class FeatureCache:
             dtype = self.tower.tower.dtype
             for i, features in zip(missing, self.tower.raw(images[missing]).to(dtype).cpu(), strict=True):
                 kept[i] = features
-                unfinished = paths[i].with_suffix(f".{os.getpid()}.tmp")
-                save_file({"features": features.contiguous()}, unfinished)
-                os.replace(unfinished, paths[i])
+                _save(paths[i], features.contiguous())
         return torch.stack(kept).to(images.device).float()
 
 
-def _digest(image):
-    return hashlib.blake2b(memoryview(image.contiguous().numpy().reshape(-1)).cast("B"), digest_size=16).hexdigest()
+def _digest(tensor):
+    values = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(memoryview(values), digest_size=16).hexdigest()
+
+
+def _save(path, features):
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    digest = torch.frombuffer(bytearray.fromhex(_digest(features)), dtype=torch.uint8)
+    try:
+        save_file({"features": features, "digest": digest}, unfinished)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"`--feature_cache_dir` {path.parent}: clean features cannot be written: {error}") from error
 
 
 def _load(path):
     try:
-        return load_file(path)["features"]
+        found = load_file(path)
+        whole = _digest(found["features"]) == bytes(found["digest"].tolist()).hex()
     except (OSError, SafetensorError, KeyError):
         return None
+    return found["features"] if whole else None

@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
@@ -50,12 +52,14 @@ def save_checkpoint(accelerator, folder, step, facts, limit=None):
                 shutil.rmtree(final)
             os.replace(unfinished, final)
             _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer turns "no space left" into a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # "no space left" in torch's words and in safetensors'
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"`--output_dir` {folder}: checkpoint-{step} cannot be written: {error}") from error
     if accelerator.is_main_process and limit is not None:
-        for _, old in list_checkpoints(folder)[:-limit]:
-            shutil.rmtree(old)
+        # Later ones are leftovers: the run went on from an earlier one.
+        older = [path for before, path in list_checkpoints(folder) if before < step]
+        for path in older[: max(0, len(older) + 1 - limit)]:
+            shutil.rmtree(path)
     accelerator.wait_for_everyone()
 
 
@@ -92,8 +96,9 @@ def find_checkpoint(folder, asked):
             )
     fault, facts = _check(path)
     if fault is not None:
-        before = [p.name for _, p in known if p != path and _check(p)[0] is None]
-        advice = f"; to go on from the one before it: --resume_from_checkpoint {before[-1]}" if before else ""
+        match = _NAME.fullmatch(path.name)
+        before = [p for step, p in known if match and step < int(match[1]) and _check(p)[0] is None]
+        advice = f"; to go on from the one before it: --resume_from_checkpoint {before[-1].name}" if before else ""
         raise ValueError(f"`--resume_from_checkpoint` {path.name} is damaged ({fault}){advice}")
     return path, facts
 

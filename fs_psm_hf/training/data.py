@@ -41,7 +41,7 @@ class ImageSource:
             if self.column is None:
                 file = row
             else:
-                entry = row[self.column]
+                entry = row[self.column] or {"bytes": b""}  # a row without an image
                 file = entry["path"] if entry["bytes"] is None else io.BytesIO(entry["bytes"])
             with Image.open(file) as image:
                 return image.convert("RGB")
@@ -49,14 +49,14 @@ class ImageSource:
             raise OSError(f"{self.name(index)} is not a readable image: {error}") from error
 
 
-def folder_source(folder):
-    """All images below a folder.
+def folder_source(folder, option="--train_data_dir"):
+    """All images below a folder, which `option` named.
 
     Raises:
         ValueError: it is no folder, or holds none.
     """
     folder = Path(folder)
-    return ImageSource([folder / name for name in list_images(folder, None, None, option="--train_data_dir")])
+    return ImageSource([folder / name for name in list_images(folder, None, None, option=option)])
 
 
 def hub_source(name, config_name, split, column, revision=None, cache_dir=None, token=None):
@@ -136,14 +136,20 @@ class Mixture:
         return source, int(rng.choice(self.members[source]))
 
 
-def fit_image(image, size, rng=None):
+def fit_image(image, size, rng=None, random_resize=False):
     """Resize the shorter side to `size` and crop a square: at random with `rng`, the middle without.
+
+    With `random_resize` the shorter side becomes anything between `size` and what it is: small crops then show details
+    at the size that they have in the image, too.
 
     Returns:
         `torch.Tensor` of shape `(3, size, size)`, float32 in [0, 1].
     """
     width, height = image.size
-    scale = size / min(width, height)
+    shorter = size
+    if random_resize and rng is not None:
+        shorter = int(rng.integers(size, max(size, min(width, height)) + 1))
+    scale = shorter / min(width, height)
     if scale != 1:
         image = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.BICUBIC)
     across, down = image.width - size, image.height - size
@@ -158,18 +164,22 @@ def fit_image(image, size, rng=None):
 class TrainingImages(torch.utils.data.Dataset):
     """`images[position]` is what is trained on at that position of the run; an unusable image gives way to another.
 
+    `pixels` is `None` where a hundred in a row could not be used: an error of a process that reads images would come with
+    the traceback of that process.
+
     Args:
         mixture ([`Mixture`]): the order.
         size (`int`): height and width in pixels.
         center_crop, random_flip (`bool`): as in diffusers' scripts.
+        random_resize (`bool`): see `fit_image`.
         smallest (`int`): images with a shorter side are not used; the tower's patch.
     """
 
     _MOST_ATTEMPTS = 100
 
-    def __init__(self, mixture, size, center_crop=False, random_flip=False, smallest=1):
+    def __init__(self, mixture, size, center_crop=False, random_flip=False, random_resize=False, smallest=1):
         self.mixture, self.size, self.smallest = mixture, size, smallest
-        self.center_crop, self.random_flip = center_crop, random_flip
+        self.center_crop, self.random_flip, self.random_resize = center_crop, random_flip, random_resize
 
     def __len__(self):
         return self.mixture.size
@@ -189,17 +199,19 @@ class TrainingImages(torch.utils.data.Dataset):
                 skipped.append(str(error))
                 continue
             rng = np.random.default_rng([self.mixture.seed, 2, position])
-            pixels = fit_image(image, self.size, None if self.center_crop else rng)
+            pixels = fit_image(image, self.size, None if self.center_crop else rng, self.random_resize)
             if self.random_flip and rng.random() < 0.5:
                 pixels = pixels.flip(-1)
             return {"pixels": pixels, "position": position, "skipped": skipped}
-        raise ValueError(f"`--train_data_dir` gave {self._MOST_ATTEMPTS} unusable images in a row: {skipped[-1]}")
+        return {"pixels": None, "position": position, "skipped": skipped}
 
 
 def collate(items):
     """A batch: pixels `(batch_size, 3, height, width)`, their positions, and why images were skipped."""
+    failed = [item["skipped"] for item in items if item["pixels"] is None]
     return {
-        "pixels": torch.stack([item["pixels"] for item in items]),
+        "pixels": None if failed else torch.stack([item["pixels"] for item in items]),
+        "failed": failed[0] if failed else None,
         "positions": [item["position"] for item in items],
         "skipped": [reason for item in items for reason in item["skipped"]],
     }

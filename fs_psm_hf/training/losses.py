@@ -7,7 +7,6 @@ differentiated draw by draw and memory does not grow with n₀.
 
 import torch
 import torch.distributed
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from ..noise import gaussian_noise
@@ -39,7 +38,8 @@ def diffusion_levels(purifier, uniform, sigma_range):
     """
     if isinstance(purifier, DiffusionPurifier):
         levels = torch.tensor(purifier.noise_levels, device=uniform.device)
-        return levels[(uniform * len(levels)).long()] / 2
+        # A random number just below 1 is 1 in float32.
+        return levels[(uniform * len(levels)).long().clamp(max=len(levels) - 1)] / 2
     low, high = 0.5 * sigma_range[0], 1.5 * sigma_range[1]
     return low * (high / low) ** uniform
 
@@ -63,10 +63,26 @@ def diffusion_loss(denoised, images, noise, levels, purifier):
     return error.square().mean()
 
 
+class _SumOfAll(torch.autograd.Function):
+    """The sum over all processes; what each does with it comes back to each."""
+
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
 def _global_mean(values):
     """Mean over all processes, with a gradient; equal numbers everywhere."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return all_reduce(values) / torch.distributed.get_world_size()
+        return _SumOfAll.apply(values) / torch.distributed.get_world_size()
     return values
 
 

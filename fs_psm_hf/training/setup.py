@@ -1,5 +1,7 @@
 """The PSM that a stage trains, and which of its weights decay."""
 
+import hashlib
+
 import torch
 
 from ..configuration_fs_psm import PSMConfig
@@ -51,6 +53,8 @@ def build_psm(args, tower):
                 f"{mapper_feature} of width {tower.width}"
             )
         psm = start
+        for name, value in base.items():
+            setattr(psm.config, name, value)
     else:
         mapper_config = {"hidden_size": tower.width, "num_blocks": args.num_blocks}
         # Pooled features have no neighbours; without a class token every token has.
@@ -86,3 +90,29 @@ def decay_groups(part, weight_decay):
     for parameter in part.parameters():
         groups[parameter.ndim > 1 and id(parameter) not in kept].append(parameter)
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+def weights_hash(part):
+    """SHA-256 over all weights of a part, or of nothing."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([] if part is None else part.state_dict().items()):
+        values = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        digest.update(name.encode())
+        digest.update(memoryview(values.numpy()))
+    return digest.hexdigest()
+
+
+class Averaged:
+    """The averaged weights of `EMAModel` in a module, for a while."""
+
+    def __init__(self, ema, module):
+        self.ema, self.module = ema, module
+
+    def __enter__(self):
+        if self.ema is not None:
+            self.ema.store(self.module.parameters())
+            self.ema.copy_to(self.module.parameters())
+
+    def __exit__(self, *_):
+        if self.ema is not None:
+            self.ema.restore(self.module.parameters())

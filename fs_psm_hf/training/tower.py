@@ -1,10 +1,42 @@
 """The frozen tower as the losses see it: images in [0, 1] to the features that the mapper refines and the certificate reads."""
 
 import torch
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from ..features import pooled_name
+from ..inputs import load_tower
 from ..pixels import channel_tensor, from_unit
+
+
+# What `load_tower` calls the options that are named otherwise here.
+_NAMES = {"`--tower`": "`--pretrained_model_name_or_path`", "`--processor`": "`--processor_name_or_path`"}
+
+
+def load_plain_tower(args, dtype):
+    """The tower of some [`PSMTrainingArguments`], without purifier and mapper, and its image processor.
+
+    Raises:
+        ValueError, OSError: it cannot be loaded.
+    """
+    try:
+        tower, processor = load_tower(
+            args.pretrained_model_name_or_path, None, args.processor_name_or_path, dtype=dtype, revision=args.revision
+        )
+    except ValueError as error:
+        message = str(error)
+        for name, own in _NAMES.items():
+            message = message.replace(name, own)
+        raise ValueError(message) from error
+    for name in ("feature_layer", "first_token"):
+        if getattr(args, name) is not None:
+            setattr(tower.config, name, getattr(args, name))
+    return tower, processor
+
+
+def served_size(processor):
+    """Height of the images that an image processor makes, in pixels."""
+    return processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2]
 
 
 class FrozenTower:
@@ -29,7 +61,7 @@ class FrozenTower:
         config = self.tower.config
         if self.feature != "pooled":
             return config.hidden_size * max(1, len(self.tower._selection.layers))
-        size = self.image_size
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         with torch.no_grad():
             return self.raw(torch.zeros(1, 3, size, size, device=self.tower.device)).shape[-1]
 
@@ -41,12 +73,6 @@ class FrozenTower:
     def compile(self):
         """`torch.compile` the tower."""
         self._model = torch.compile(self._model)
-
-    @property
-    def image_size(self):
-        """`int`: height and width that the tower was made for."""
-        size = self.tower.config.image_size
-        return size if isinstance(size, int) else size[0]
 
     def raw(self, images):
         """What the mapper refines, float32: all tokens of the feature layer, or the pooled embedding.

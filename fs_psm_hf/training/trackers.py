@@ -82,3 +82,9 @@ class JSONLTracker(GeneralTracker):
     def _write(self, entry):
         self._stream.write(json.dumps(entry) + "\n")
         self._stream.flush()
+
+
+def flat(values):
+    """Settings as every tracker can take them."""
+    simple = (str, int, float, bool)
+    return {name: v if isinstance(v, simple) else str(v) for name, v in values.items() if v is not None}

@@ -9,29 +9,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
 from transformers.utils import logging as transformers_logging
 
-from ..inputs import load_tower
+from ..certification.identity import model_hash
 from .cache import FeatureCache
 from .checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 from .data import Mixture, PositionBatches, TrainingImages, collate, fit_image, folder_source, hub_source
-from .setup import build_psm, decay_groups
+from .setup import Averaged, build_psm, decay_groups, weights_hash
 from .stages import MapperStage, PurifierStage
-from .tower import FrozenTower
-from .trackers import JSONLTracker, check_report_to
-from .validation import format_rows, save_samples, validate
+from .tower import FrozenTower, load_plain_tower, served_size
+from .trackers import JSONLTracker, check_report_to, flat
+from .validation import format_rows, sample_picture, save_picture, validate
 
 
 logger = logging.getLogger(__name__)
-# What a run that goes on must have in common with the one that made the checkpoint, to go on exactly.
+# Arguments that a run must have in common with the one that made the checkpoint, to go on exactly.
 _SAME = (
-    "stage", "seed", "global_batch_size", "num_train_images", "num_samples", "sigma_range", "feature", "resolution",
-    "lambda_diff", "lambda_rb", "lambda_mse", "lambda_stats", "lambda_id", "use_ema",
+    "stage", "seed", "num_samples", "feature", "center_crop", "random_flip", "random_resize", "train_data_weights",
+    "lambda_diff", "lambda_rb", "lambda_mse", "lambda_stats", "lambda_id", "learning_rate", "lr_scheduler",
+    "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema",
+    "ema_max_decay",
 )  # fmt: skip
 
 
@@ -61,15 +64,17 @@ def train(stages):
             logger.info("%s holds a trained purifier: stage purifier is done", folder)
             continue
         Trainer(arguments).run()
-    if len(stages) > 1:
+    processes = PartialState()
+    if len(stages) > 1 and processes.is_main_process:
         parent = folder.parent
         for name in ("model.safetensors", "config.json"):  # the file that makes it loadable comes last
             if Path(folder / name).exists():
                 unfinished = parent / f".unfinished-{name}"
                 shutil.copyfile(folder / name, unfinished)
                 os.replace(unfinished, parent / name)
-        return parent
-    return folder
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
+    return folder.parent if len(stages) > 1 else folder
 
 
 class Trainer:
@@ -95,7 +100,7 @@ class Trainer:
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps * stage_class.passes(args),
             step_scheduler_with_optimizer=False,
-            log_with=report_to,
+            log_with=report_to or None,
             project_dir=str(self.folder / args.logging_dir) if report_to else None,
         )
         self.accelerator = accelerator
@@ -106,15 +111,17 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         # The tower: frozen, in the dtype it computes in.
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
-        tower, processor = load_tower(
-            args.pretrained_model_name_or_path, None, args.processor_name_or_path, dtype=dtype, revision=args.revision
-        )
-        for name in ("feature_layer", "first_token"):
-            if getattr(args, name) is not None:
-                setattr(tower.config, name, getattr(args, name))
+        tower, processor = load_plain_tower(args, dtype)
         self.tower = FrozenTower(tower.to(accelerator.device), args.feature, args.gradient_checkpointing)
-        self.resolution = args.resolution or self.tower.image_size
+        # Not the tower's own `image_size`: DINOv2 was trained at 518 pixels and is given 224.
+        self.resolution = args.resolution or served_size(processor)
         self._load_data(processor)
+        with torch.no_grad():
+            tokens = self.tower.raw(self.held_out[:1])  # also an early word on a resolution that does not fit
+        if args.first_token is not None and tokens.ndim == 3 and args.first_token >= tokens.shape[1]:
+            raise ValueError(
+                f"`--first_token` must be less than the tower's {tokens.shape[1]} tokens, got {args.first_token}"
+            )
 
         psm = build_psm(args, self.tower)
         self.psm = psm.to(accelerator.device)
@@ -125,7 +132,8 @@ class Trainer:
         self.stage = stage_class(args, self.psm, self.tower)
         part = self.stage.trained
         if args.torch_compile:
-            part.compile()
+            # With its own choice of memory layouts, torch 2.13 gives wrong gradients of a U-Net on CPUs.
+            part.compile(options={"layout_optimization": False})
             self.tower.compile()
         optimizer = torch.optim.AdamW(
             decay_groups(part, args.adam_weight_decay),
@@ -150,23 +158,29 @@ class Trainer:
         if args.use_ema and sharded:
             raise ValueError("`--use_ema` must be false under FSDP and DeepSpeed, whose weights are in pieces")
         self.model, self.optimizer = accelerator.prepare(part, optimizer)
+        # A checkpoint names the weights as one process does, so that any number of processes can go on from it.
+        accelerator.register_save_state_pre_hook(self._unwrap_weights)
+        accelerator.register_load_state_pre_hook(self._unwrap_models)
         accelerator.register_for_checkpointing(self.scheduler)
         self.ema = None
         if args.use_ema:
             self.ema = EMAModel(part.parameters(), decay=args.ema_max_decay)
             self.ema.to(accelerator.device)
             accelerator.register_for_checkpointing(self.ema)
-        self.facts = {
-            "stage": args.stage, "seed": args.seed, "global_batch_size": self.global_batch,
-            "num_train_images": self.mixture.size, "num_samples": args.num_samples, "sigma_range": list(args.sigma_range),
-            "feature": args.feature, "resolution": self.resolution, "use_ema": bool(args.use_ema),
-            **{name: getattr(args, name) for name in _SAME if name.startswith("lambda_")},
+        self.facts = {name: getattr(args, name) for name in _SAME} | {
+            "sigma_range": list(args.sigma_range), "resolution": self.resolution, "global_batch_size": self.global_batch,
+            "num_train_images": self.mixture.size, "mixed_precision": accelerator.mixed_precision,
+            "feature_layer": tower.config.feature_layer, "first_token": tower.config.first_token,
+            "tower": model_hash(tower), "purifier_config": psm.config.purifier_config,
+            "mapper_config": psm.config.mapper_config,
+            "purifier": weights_hash(psm.purifier) if args.stage == "mapper" else None,
         }  # fmt: skip
+        self.skipped = facts.get("skipped_images", 0) if facts else 0
         if checkpoint is not None:
             self._resume(checkpoint, facts)
         if accelerator.is_main_process:
             accelerator.log_with = [JSONLTracker(self.folder / "log.jsonl", self.first_step), *accelerator.log_with]
-        accelerator.init_trackers(args.tracker_project_name, config=_flat(args.to_dict()))
+        accelerator.init_trackers(args.tracker_project_name, config=flat(args.to_dict()))
 
     # Made once ----------------------------------------------------------------------------------------------------------
 
@@ -189,7 +203,7 @@ class Trainer:
         everything = [(s, i) for s, source in enumerate(sources) for i in range(len(source))]
         held_out = set()
         if args.validation_data_dir is not None:
-            validation = folder_source(args.validation_data_dir)
+            validation = folder_source(args.validation_data_dir, option="--validation_data_dir")
             chosen = [(validation, i) for i in range(min(args.num_validation_images, len(validation)))]
         else:
             # Never more than a tenth of the images.
@@ -204,6 +218,7 @@ class Trainer:
             self.resolution,
             args.center_crop,
             args.random_flip,
+            args.random_resize,
             patch if isinstance(patch, int) else patch[0],
         )
         held = []
@@ -213,19 +228,27 @@ class Trainer:
             except OSError as error:
                 logger.warning("not validated on: %s", error)
         if not held:
-            raise ValueError("`--validation_data_dir` must hold a readable image, got none")
+            option = next(n for n in ("validation_data_dir", "train_data_dir", "dataset_name") if getattr(args, n))
+            raise ValueError(f"`--{option}` has no readable image among the {len(chosen)} held out")
         self.held_out = torch.stack(held).to(self.accelerator.device)
 
     def _resume(self, checkpoint, facts):
-        for name in _SAME:
-            if facts.get(name) != self.facts[name]:
+        for name, value in self.facts.items():
+            if name in facts and facts[name] != value:
                 raise ValueError(
-                    f"`--resume_from_checkpoint` {checkpoint.name} was made with {name} {facts.get(name)}, "
-                    f"this run has {self.facts[name]}"
+                    f"`--resume_from_checkpoint` {checkpoint.name} was made with {name} {facts[name]}, this run has {value}"
                 )
         self.accelerator.load_state(str(checkpoint))
+        self.accelerator.step = 0  # passes since the last step, which may be of another number now
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
+
+    def _unwrap_weights(self, models, weights, folder):
+        if weights:  # FSDP and DeepSpeed write their own
+            weights[:] = [self.accelerator.get_state_dict(model) for model in models]
+
+    def _unwrap_models(self, models, folder):
+        models[:] = [self.accelerator.unwrap_model(model) for model in models]
 
     # The loop -----------------------------------------------------------------------------------------------------------
 
@@ -243,6 +266,7 @@ class Trainer:
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_num_workers > 0,
             pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # else the global one is used, and dropout differs after each start
         )
         step, micro, skipped, sums = self.first_step, 0, 0, {}
         self.stage.train()
@@ -256,6 +280,10 @@ class Trainer:
                 for reason in batch["skipped"]:
                     skipped += 1
                     logger.warning("skipped: %s", reason)
+                if batch["failed"]:
+                    raise ValueError(
+                        f"`--train_data_dir` gave {len(batch['failed'])} unusable images in a row: {batch['failed'][-1]}"
+                    )
                 images = batch["pixels"].to(accelerator.device, non_blocking=True)
                 for name, value in self._backward(images, batch["positions"]).items():
                     sums[name] = sums.get(name, 0) + value / args.gradient_accumulation_steps
@@ -263,16 +291,13 @@ class Trainer:
                 if micro % args.gradient_accumulation_steps:
                     continue
                 step += 1
-                losses = {
-                    name: accelerator.reduce(torch.as_tensor(value), "mean").item() for name, value in sums.items()
-                }
-                sums = {}
-                if not all(map(math.isfinite, losses.values())):
-                    before = [path.name for _, path in list_checkpoints(self.folder)]
-                    raise TrainingDiverged(
-                        f"the loss is {losses['loss']} in step {step}; the last checkpoint is "
-                        f"{before[-1] if before else 'none'}; try a smaller --learning_rate or --mixed_precision no"
-                    )
+                counted = torch.tensor(skipped, device=accelerator.device)
+                self.skipped += accelerator.reduce(counted, "sum").item()
+                means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+                losses = dict(zip(sums, means, strict=True))
+                skipped, sums = 0, {}
+                if not all(map(math.isfinite, means)):
+                    raise self._diverged(f"the loss is {losses['loss']} in step {step}")
                 if self.ema is not None:
                     self.ema.step(self.stage.trained.parameters())
                 lr = self.scheduler.get_last_lr()[0]
@@ -280,17 +305,23 @@ class Trainer:
                 now = time.perf_counter()
                 speed, started = self.global_batch / (now - started), now
                 bar.update()
-                bar.set_postfix(loss=f"{losses['loss']:.4f}", lr=f"{lr:.1e}", img_s=f"{speed:.1f}", skipped=skipped)
-                entry = losses | {"lr": lr, "images_per_second": speed, "skipped_images": skipped}
+                bar.set_postfix(
+                    loss=f"{losses['loss']:.4f}", lr=f"{lr:.1e}", img_s=f"{speed:.1f}", skipped=self.skipped
+                )
+                entry = losses | {"lr": lr, "images_per_second": speed, "skipped_images": self.skipped}
                 accelerator.log(entry, step=step)
                 last = step == self.steps
-                if step % args.checkpointing_steps == 0 or last:
-                    save_checkpoint(accelerator, self.folder, step, self.facts, args.checkpoints_total_limit)
+                # Before the checkpoint: what is logged up to a checkpoint is all there when a run goes on from it.
                 if step % args.validation_steps == 0 or last:
                     self._validate(step)
-                    started = time.perf_counter()
+                if step % args.checkpointing_steps == 0 or last:
+                    facts = self.facts | {"skipped_images": self.skipped}
+                    save_checkpoint(accelerator, self.folder, step, facts, args.checkpoints_total_limit)
+                started = time.perf_counter()
         self._save()
-        accelerator.end_training()
+        accelerator.wait_for_everyone()  # the next stage reads what the main process has saved
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
     def _backward(self, images, positions):
         """All passes of one micro-batch; the optimiser steps in the last pass of a step."""
@@ -305,7 +336,7 @@ class Trainer:
                 # Checked after the step of every process, by the sums; a step with NaN is never taken.
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
                     if norm is None or torch.isfinite(torch.as_tensor(norm)):
                         self.optimizer.step()
                     elif accelerator.scaler is not None:
@@ -317,9 +348,16 @@ class Trainer:
                 found[name] = found.get(name, 0) + value.detach()
         return found
 
+    def _diverged(self, what):
+        before = [path.name for _, path in list_checkpoints(self.folder)]
+        return TrainingDiverged(
+            f"{what}; the last checkpoint is {before[-1] if before else 'none'}; try a smaller --learning_rate or "
+            "--mixed_precision no"
+        )
+
     def _averaged(self):
         """Context in which the trained part has its averaged weights, where there are any."""
-        return _Averaged(self.ema, self.stage.trained)
+        return Averaged(self.ema, self.stage.trained)
 
     def _validate(self, step):
         args, accelerator = self.args, self.accelerator
@@ -328,10 +366,13 @@ class Trainer:
         self.stage.eval()
         with self._averaged(), accelerator.autocast():
             for sigma in sigmas:
-                found = validate(
-                    self.tower, self.held_out, sigma, args.validation_samples, purify, mapper,
-                    batch_size=min(8, args.train_batch_size),
-                )  # fmt: skip
+                try:
+                    found = validate(
+                        self.tower, self.held_out, sigma, args.validation_samples, purify, mapper,
+                        batch_size=min(8, args.train_batch_size),
+                    )  # fmt: skip
+                except FloatingPointError as error:
+                    raise self._diverged(f"{error} after step {step}") from error
                 entry = {
                     f"validation/{sigma:g}/{row}/{name}": value
                     for row, v in found.items()
@@ -341,14 +382,16 @@ class Trainer:
                 if accelerator.is_main_process:
                     tqdm.write(f"step {step}, {len(self.held_out)} images held out, plug-in without confidence")
                     tqdm.write(format_rows(found, sigma))
-            if accelerator.is_main_process:
-                save_samples(self.folder / "samples" / f"step-{step:06d}.png", self.held_out, sigmas[0], purify)
+            picture = sample_picture(self.held_out, sigmas[0], purify)  # by all: sharded weights are fetched together
+        if accelerator.is_main_process:
+            save_picture(picture, self.folder / "samples" / f"step-{step:06d}.png")
         self.stage.train()
 
     def _save(self):
         args, accelerator = self.args, self.accelerator
         with self._averaged():
-            trained = accelerator.get_state_dict(self.model)
+            # Copies: what the state holds are the weights themselves, which are put back in a moment.
+            trained = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(self.model).items()}
         if not accelerator.is_main_process:
             return
         prefix = "purifier." if args.stage == "purifier" else "mapper."
@@ -363,7 +406,7 @@ class Trainer:
             result.save_pretrained(unfinished)
             for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, self.folder / path.name)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(f"`--output_dir` {self.folder}: the PSM cannot be written: {error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -371,25 +414,3 @@ class Trainer:
             result.push_to_hub(
                 args.hub_model_id or self.folder.resolve().name, token=args.hub_token, private=args.hub_private_repo
             )
-
-
-class _Averaged:
-    """The averaged weights of `EMAModel` in a module, for a while."""
-
-    def __init__(self, ema, module):
-        self.ema, self.module = ema, module
-
-    def __enter__(self):
-        if self.ema is not None:
-            self.ema.store(self.module.parameters())
-            self.ema.copy_to(self.module.parameters())
-
-    def __exit__(self, *_):
-        if self.ema is not None:
-            self.ema.restore(self.module.parameters())
-
-
-def _flat(values):
-    """Settings as every tracker can take them."""
-    simple = (str, int, float, bool)
-    return {name: v if isinstance(v, simple) else str(v) for name, v in values.items() if v is not None}

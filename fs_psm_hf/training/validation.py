@@ -34,6 +34,9 @@ def validate(tower, images, sigma, num_samples, purify=None, mapper=None, batch_
         `dict[str, dict[str, float]]`: for FS, FS+M (where nothing purifies), FS+P and FS+P+M: `cosine`, mean over images
         of the mean cosine with the clean feature; `fcsb@ε`, mean lower bound on the inner product (paper Theorem 1) by
         the sample mean; `radius`, mean plug-in radius for a cosine of 0.5; `psnr` in dB of what the tower sees.
+
+    Raises:
+        FloatingPointError: a feature is NaN or infinite.
     """
     cosines, errors = {}, {}
     for first in range(0, len(images), batch_size):
@@ -58,6 +61,8 @@ def validate(tower, images, sigma, num_samples, purify=None, mapper=None, batch_
     found = {}
     for name, batches in cosines.items():
         scores = (1 + torch.cat([torch.stack(draws, 1) for draws in batches.values()])) / 2  # (B, n)
+        if not scores.isfinite().all():
+            raise FloatingPointError(f"the features of {name} are not finite")
         certificates = certify_scores(scores.numpy(), sigma=sigma, epsilons=EPSILONS, method="plugin")
         mean_errors = torch.cat([torch.stack(draws, 1) for draws in errors[name].values()])
         found[name] = {"cosine": 2 * scores.mean().item() - 1}
@@ -81,15 +86,19 @@ def format_rows(found, sigma):
 
 
 @torch.no_grad()
-def save_samples(path, images, sigma, purify=None):
+def sample_picture(images, sigma, purify=None):
     """A picture: a row each of clean, noisy and (with a purifier) purified images, clipped to [0, 1] for the eye."""
     clean = images[:_SHOWN]
     noisy = clean + sigma * draw_noise(clean, 0, range(len(clean)), FIRST_DRAW)
     rows = [clean, noisy] + ([] if purify is None else [purify(noisy, sigma).float()])
     grid = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, rows*H, images*W)
-    pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray((grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(picture, path):
+    """Write a PNG file that is whole or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    Image.fromarray(pixels).save(unfinished, format="PNG")
+    picture.save(unfinished, format="PNG")
     os.replace(unfinished, path)
