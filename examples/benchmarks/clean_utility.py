@@ -107,8 +107,17 @@ def main():
     unfinished = args.json.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(unfinished, args.json)
-    for name, row in found.items():
-        print(f"{name:18} plain gallery {row['plain_gallery']:.3f}  own gallery {row['own_gallery']:.3f}")
+    print(format_rows(result))
+
+
+def format_rows(result):
+    """Markdown of the rows."""
+    lines = ["| feature | plain gallery | own gallery | cosine with the plain feature |", "|" + " --- |" * 4]
+    for name, row in result["rows"].items():
+        lines.append(
+            f"| {name} | {row['plain_gallery']:.1%} | {row['own_gallery']:.1%} | {row['mean_cosine_with_plain']:.3f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
