@@ -107,10 +107,6 @@ class PurifierStage(Stage):
 class MapperStage(Stage):
     """L_M = λ·l_rb + λ₃·l_stats + λ₄·l_id; purifier and tower run without gradients."""
 
-    def __init__(self, args, psm, tower):
-        super().__init__(args, psm, tower)
-        self._norm_known = False
-
     @property
     def trained(self):
         """The mapper."""
@@ -140,8 +136,8 @@ class MapperStage(Stage):
                 "loss_stats": losses.statistics_loss(mapped, clean, norm),
             }
             loss = args.lambda_rb * parts["loss_rb"] + args.lambda_stats * parts["loss_stats"]
-            if args.lambda_id > 0:
-                parts["loss_id"] = losses.identity_loss(model, features, norm)
+            if args.lambda_id > 0 and number == 0:  # of the first draw only: it costs a pass, and is zero by construction
+                parts["loss_id"] = args.num_samples * losses.identity_loss(model, features, norm)
                 loss = loss + args.lambda_id * parts["loss_id"]
             share = 1 / args.num_samples
             return loss, {name: share * part for name, part in ({"loss": loss} | parts).items()}
