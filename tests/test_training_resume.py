@@ -119,8 +119,6 @@ def test_a_resumed_run_is_the_same_to_the_bit(whole, root, tmp_path):
 
 def test_latest_without_a_checkpoint_starts_anew(whole, root, tmp_path):
     folder, stage, options = whole
-    if stage == "mapper":
-        pytest.skip("the same for both")
     killed = killed_after_checkpoint_3(folder, tmp_path / "killed", kept=())
     train(root, killed, stage, resume_from_checkpoint="latest", **options)
     assert_same_run(killed, folder)

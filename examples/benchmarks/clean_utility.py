@@ -13,6 +13,9 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -53,6 +56,12 @@ def accuracy(queries, gallery, labels):
     values, nearest = similarity.topk(NEIGHBOURS, dim=1)
     votes = torch.zeros(len(queries), int(labels.max()) + 1).scatter_add_(1, labels[nearest], values)
     return (votes.argmax(1) == labels).float().mean().item()
+
+
+def typed():
+    """The command that was typed, folders by their last name."""
+    words = [re.sub(r"(^|(?<=[=:]))/\S*/", "", word) for word in sys.argv[1:]]
+    return shlex.join(["python", "examples/benchmarks/clean_utility.py", *words])
 
 
 def main():
@@ -102,7 +111,7 @@ def main():
     result = {
         "rows": found, "images": len(images), "classes": len(classes), "chance": 1 / len(classes),
         "data": args.images.name, "num_samples": args.num_samples, "neighbours": NEIGHBOURS, "feature": args.feature,
-        "dtype": args.dtype, "versions": versions(), "command": __doc__.split("\n\n")[1],
+        "dtype": args.dtype, "versions": versions(), "command": typed(),
     }  # fmt: skip
     unfinished = args.json.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result, indent=2) + "\n")

@@ -10,6 +10,9 @@ certificates (99.9 %, `cdf`) all draws of the images that have at least 1,000.
 import argparse
 import json
 import os
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +71,12 @@ def psnr(purifier, images, names, sigma, draws):
     return np.mean(found, 0).tolist()
 
 
+def typed():
+    """The command that was typed, folders by their last name."""
+    words = [re.sub(r"(^|(?<=[=:]))/\S*/", "", word) for word in sys.argv[1:]]
+    return shlex.join(["python", "examples/benchmarks/psm_table.py", *words])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", type=Path, required=True)
@@ -104,7 +113,7 @@ def main():
             quality.setdefault(sigma, {"noisy": noisy})[name] = purified
     found = {
         "rows": rows, "psnr_db": quality, "epsilons": EPSILONS, "alpha": ALPHA, "files": files,
-        "feature": args.feature, "versions": versions(), "command": __doc__.split("\n\n")[1],
+        "feature": args.feature, "versions": versions(), "command": typed(),
     }  # fmt: skip
     unfinished = args.json.with_suffix(".tmp")
     unfinished.write_text(json.dumps(found, indent=2) + "\n")
