@@ -23,6 +23,7 @@ from training_runs import (
 from fs_psm_hf import PSMModel
 from fs_psm_hf.training import parse_arguments
 from fs_psm_hf.training.arguments import make_parser
+from fs_psm_hf.training.trackers import check_report_to
 
 
 LEAST = ["--output_dir", "out", "--train_data_dir", "images", "--pretrained_model_name_or_path", "tower"]
@@ -300,6 +301,9 @@ def test_tensorboard_beside_the_log(root, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_tracker_that_is_not_installed_is_an_error(root, tmp_path, capsys):
+    with pytest.raises(ImportError, match="`--report_to` wandb needs a package: pip install wandb"):
+        check_report_to("wandb")
+    assert check_report_to("all") == ["tensorboard"]
     assert command(*words(root, tmp_path / "out", report_to="wandb")) == 2
     assert capsys.readouterr().err == "fs-psm train: `--report_to` wandb needs a package: pip install wandb\n"
 

@@ -158,9 +158,6 @@ class Trainer:
         if args.use_ema and sharded:
             raise ValueError("`--use_ema` must be false under FSDP and DeepSpeed, whose weights are in pieces")
         self.model, self.optimizer = accelerator.prepare(part, optimizer)
-        # A checkpoint names the weights as one process does, so that any number of processes can go on from it.
-        accelerator.register_save_state_pre_hook(self._unwrap_weights)
-        accelerator.register_load_state_pre_hook(self._unwrap_models)
         accelerator.register_for_checkpointing(self.scheduler)
         self.ema = None
         if args.use_ema:
@@ -242,13 +239,6 @@ class Trainer:
         self.accelerator.step = 0  # passes since the last step, which may be of another number now
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
-
-    def _unwrap_weights(self, models, weights, folder):
-        if weights:  # FSDP and DeepSpeed write their own
-            weights[:] = [self.accelerator.get_state_dict(model) for model in models]
-
-    def _unwrap_models(self, models, folder):
-        models[:] = [self.accelerator.unwrap_model(model) for model in models]
 
     # The loop -----------------------------------------------------------------------------------------------------------
 
