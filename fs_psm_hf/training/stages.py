@@ -136,9 +136,8 @@ class MapperStage(Stage):
                 "loss_stats": losses.statistics_loss(mapped, clean, norm),
             }
             loss = args.lambda_rb * parts["loss_rb"] + args.lambda_stats * parts["loss_stats"]
-            if (
-                args.lambda_id > 0 and number == 0
-            ):  # of the first draw only: it costs a pass, and is zero by construction
+            # Of the first draw only: it costs a pass, and is zero by construction.
+            if args.lambda_id > 0 and number == 0:
                 parts["loss_id"] = args.num_samples * losses.identity_loss(model, features, norm)
                 loss = loss + args.lambda_id * parts["loss_id"]
             share = 1 / args.num_samples
