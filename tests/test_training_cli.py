@@ -228,6 +228,7 @@ def test_help(capsys):
         ({"stage": "mapper", "mapper_config": '{"hidden_size": 8}'}, "must have hidden_size 32, the tower's, got 8"),
         ({"stage": "mapper", "mapper_config": '{"depth": 8}'}, "depth"),
         ({"pretrained_psm_name_or_path": "ROOT/pooled"}, "has no purifier to train"),
+        ({"purifier": "unet", "pretrained_psm_name_or_path": "ROOT/pooled"}, "`--purifier` must be none, the kind of"),
         ({"pretrained_psm_name_or_path": "ROOT/nowhere"}, "nowhere"),
         ({"train_data_weights": [1, 2]}, "`--train_data_weights` must be one number > 0 for each of 1 sets"),
         ({"output_dir": "ROOT/tower/config.json"}, "config.json"),
@@ -260,7 +261,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings, root, tmp_path, capsys
     captured = capsys.readouterr()
     error = captured.err.strip().splitlines()[-1]
     assert error.startswith("fs-psm train: the ")
-    assert "the last checkpoint is none; try a smaller --learning_rate or --mixed_precision no" in error
+    assert "the last checkpoint is none; start again in another --output_dir with a smaller --learning_rate" in error
     assert len(losses_of(tmp_path / "new")) < 5
     assert not (tmp_path / "new" / "config.json").exists()
     assert {p: p.read_bytes() for p in (tmp_path / "out").glob("checkpoint-*/*")} == before

@@ -9,6 +9,7 @@ added afterwards. Scores are saved as by `fs-psm certify --save-scores`, in `OUT
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from tqdm import tqdm
 from fs_psm_hf import PSMModel, SmoothedVisionTower
 from fs_psm_hf.certification import draw_scores
 from fs_psm_hf.certification.folder import image_name, read_image
+from fs_psm_hf.certification.identity import model_hash
 from fs_psm_hf.certification.saved import SavedDraws, save_draws, saved_path
 from fs_psm_hf.features import unit_vector
 from fs_psm_hf.inputs import list_images, load_tower
+from fs_psm_hf.training.setup import weights_hash
 
 
 class HalfFFDNet(torch.nn.Module):
@@ -28,6 +31,7 @@ class HalfFFDNet(torch.nn.Module):
 
     def __init__(self, weights):
         super().__init__()
+        sys.path.insert(0, str(Path(__file__).parents[1]))
         from own_purifier import FFDNet
 
         self.network = FFDNet(load_file(weights)).to(torch.bfloat16, memory_format=torch.channels_last)
@@ -60,6 +64,8 @@ def build_towers(args):
         mapped = PSMModel.from_pretrained(args.mapper)
         if psm is None and mapped.purifier is not None:
             raise SystemExit(f"`--mapper` {args.mapper} has a purifier of its own: give it as `--purifier` too")
+        if psm is not None and weights_hash(mapped.purifier) != weights_hash(psm.purifier):
+            raise SystemExit(f"`--mapper` {args.mapper} has another purifier than `--purifier` {args.purifier}")
         towers[f"{name}+M"] = SmoothedVisionTower.from_components(base, mapped, **settings)
     return processor, towers
 
@@ -104,12 +110,16 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     processor, towers = build_towers(args)
+    hashes = {row: model_hash(tower) for row, tower in towers.items()}
     files = list_images(args.images, args.where, args.limit)
     for name in tqdm(files):
         image_id = image_name(name)
         folders = {row: args.output / f"{row}-sigma{args.sigma:g}" for row in towers}
-        kept = [saved_path(folder, image_id) for folder in folders.values()]
-        if all(path.exists() and SavedDraws(path).num_samples >= args.num_samples for path in kept):
+        kept = {row: saved_path(folder, image_id) for row, folder in folders.items()}
+        for row, path in kept.items():
+            if path.exists() and SavedDraws(path).record["model_hash"] != hashes[row]:
+                raise SystemExit(f"`--output` {path.parent} holds scores of another tower: give another folder")
+        if all(path.exists() and SavedDraws(path).num_samples >= args.num_samples for path in kept.values()):
             continue
         pixels = read_image(args.images / name, processor)
         for row, (draws, scores) in draw(towers, pixels, image_id, args.num_samples, args.seed, args.feature).items():

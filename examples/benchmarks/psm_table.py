@@ -88,12 +88,15 @@ def main():
     parser.add_argument("--draws", type=int, default=4, help="noisy copies per image for the PSNR")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    rows, files = {}, None
+    rows, files, any_files = {}, None, None
     for folder in sorted(args.scores.iterdir()):
         name, _, sigma = folder.name.rpartition("-sigma")
         if name not in ROWS:
             continue
         rows.setdefault(sigma, {})[name], files = table_row(folder)
+        any_files = any_files or files
+        if files != any_files:
+            raise SystemExit(f"`--scores` {folder.name} is of other images than the folder before it")
     processor = AutoImageProcessor.from_pretrained(args.processor)
     purifiers = {}
     for given in args.purifier:

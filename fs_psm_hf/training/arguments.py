@@ -100,7 +100,7 @@ class PSMTrainingArguments:
     checkpoints_total_limit: int | None = _option(None, "checkpoints to keep")
     resume_from_checkpoint: str | None = _option(None, "latest, or the name of a checkpoint")
     validation_steps: int = _option(500, "steps between validations; also at the end")
-    validation_sigmas: list[float] | None = _several("noise levels to validate at (default: sigma)")
+    validation_sigmas: list[float] | None = _several("noise levels to validate at (default: those of training)")
     validation_samples: int = _option(8, "noisy draws of each image in a validation")
     weights_dtype: str = _option("float32", "of the saved PSM: float32, bfloat16 or float16")
     report_to: str | None = _option(None, "tensorboard, wandb or all, beside log.jsonl")
@@ -165,11 +165,13 @@ class PSMTrainingArguments:
             self._finish()
 
     def _finish(self):
-        if self.max_train_steps is None and self.num_train_epochs is None:
-            self._fill(STAGE_DEFAULTS[self.stage])
-        else:
-            lengths = ("max_train_steps", "num_train_epochs")
-            self._fill({k: v for k, v in STAGE_DEFAULTS[self.stage].items() if k not in lengths})
+        defaults = dict(STAGE_DEFAULTS[self.stage])
+        if self.max_train_steps is not None or self.num_train_epochs is not None:
+            for length in ("max_train_steps", "num_train_epochs"):
+                defaults.pop(length, None)
+        if self.pretrained_psm_name_or_path is not None:
+            defaults.pop("purifier", None)  # its own kind
+        self._fill(defaults)
         if self.stage == "purifier":
             if self.purifier == "none" or not (self.lambda_diff > 0 or self.lambda_rb > 0 or self.lambda_mse > 0):
                 raise ValueError("stage purifier must have a `--purifier` and a loss with a weight > 0")
@@ -259,6 +261,11 @@ def parse_arguments(argv):
             tail += ["--pretrained_psm_name_or_path", str(Path(whole.output_dir) / "purifier")]
         stages.append(_parse(parser, common + sections[stage] + typed + tail))
     purifier, mapper = stages
+    if purifier.mixed_precision != mapper.mixed_precision:
+        raise ValueError(
+            "`--mixed_precision` must be the same for both stages of one run, "
+            f"got {purifier.mixed_precision} and {mapper.mixed_precision}"
+        )
     # What is published is the result of both.
     purifier.push_to_hub = False
     if mapper.hub_model_id is None:
@@ -319,6 +326,8 @@ def _words(path, values):
         if isinstance(value, dict):
             words.append(json.dumps(value))
         else:
+            # YAML reads `no` as false.
+            value = "no" if name == "mixed_precision" and value is False else value
             words += [str(part) for part in (value if isinstance(value, list) else [value])]
     return words
 

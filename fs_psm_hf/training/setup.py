@@ -23,6 +23,8 @@ def build_psm(args, tower):
     if args.pretrained_psm_name_or_path is not None:
         start = PSMModel.from_pretrained(args.pretrained_psm_name_or_path, dtype=torch.float32)
     given = f"`--pretrained_psm_name_or_path` {args.pretrained_psm_name_or_path}"
+    if start is not None and args.purifier not in (None, start.config.purifier):
+        raise ValueError(f"`--purifier` must be {start.config.purifier}, the kind of {given}, got {args.purifier}")
     base = {
         "base_model_name_or_path": args.pretrained_model_name_or_path,
         "base_model_revision": args.revision,

@@ -68,7 +68,8 @@ class FrozenTower:
     @property
     def num_prefix_tokens(self):
         """`int`: leading tokens that are no patches."""
-        return int(self.tower._selection.has_class_token)
+        registers = getattr(self.tower.config.vision_config, "num_register_tokens", 0)
+        return int(self.tower._selection.has_class_token) + registers
 
     def compile(self):
         """`torch.compile` the tower."""

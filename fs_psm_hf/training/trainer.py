@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -59,9 +59,9 @@ def train(stages):
     folder = None
     for arguments in stages:
         folder = Path(arguments.output_dir)
-        going_on = len(stages) > 1 and arguments.resume_from_checkpoint == "latest"
+        going_on = len(stages) > 1 and arguments.resume_from_checkpoint is not None
         if going_on and arguments.stage == "purifier" and (folder / "config.json").exists():
-            logger.info("%s holds a trained purifier: stage purifier is done", folder)
+            logger.warning("%s holds a trained purifier, which is taken as it is", folder)
             continue
         Trainer(arguments).run()
     processes = PartialState()
@@ -96,9 +96,11 @@ class Trainer:
         set_seed(args.seed)
 
         stage_class = {"purifier": PurifierStage, "mapper": MapperStage}[args.stage]
+        passes = args.gradient_accumulation_steps * stage_class.passes(args)
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps * stage_class.passes(args),
+            # Every pass counts; what the environment says of accumulation does not.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=passes, sync_with_dataloader=False),
             step_scheduler_with_optimizer=False,
             log_with=report_to or None,
             project_dir=str(self.folder / args.logging_dir) if report_to else None,
@@ -127,7 +129,7 @@ class Trainer:
         self.psm = psm.to(accelerator.device)
         if args.stage == "mapper" and self.psm.mapper.token_norm == 1:
             with torch.no_grad():
-                self.psm.mapper.set_reference_norm(self.tower.raw(self.held_out).norm(dim=-1).mean())
+                self.psm.mapper.set_reference_norm(self.tower.raw(self.held_out[:16]).norm(dim=-1).mean())
         self.source = FeatureCache(args.feature_cache_dir, self.tower) if args.feature_cache_dir else self.tower
         self.stage = stage_class(args, self.psm, self.tower)
         part = self.stage.trained
@@ -158,6 +160,11 @@ class Trainer:
         if args.use_ema and sharded:
             raise ValueError("`--use_ema` must be false under FSDP and DeepSpeed, whose weights are in pieces")
         self.model, self.optimizer = accelerator.prepare(part, optimizer)
+        if accelerator.gradient_accumulation_steps != passes:
+            raise ValueError(
+                f"`gradient_accumulation_steps` of accelerate's configuration must be auto or {passes}, one per draw, "
+                f"got {accelerator.gradient_accumulation_steps}"
+            )
         accelerator.register_for_checkpointing(self.scheduler)
         self.ema = None
         if args.use_ema:
@@ -201,7 +208,8 @@ class Trainer:
         held_out = set()
         if args.validation_data_dir is not None:
             validation = folder_source(args.validation_data_dir, option="--validation_data_dir")
-            chosen = [(validation, i) for i in range(min(args.num_validation_images, len(validation)))]
+            picked = rng.permutation(len(validation))[: args.num_validation_images].tolist()
+            chosen = [(validation, i) for i in sorted(picked)]
         else:
             # Never more than a tenth of the images.
             count = min(args.num_validation_images, max(1, len(everything) // 10))
@@ -287,7 +295,7 @@ class Trainer:
                 losses = dict(zip(sums, means, strict=True))
                 skipped, sums = 0, {}
                 if not all(map(math.isfinite, means)):
-                    raise self._diverged(f"the loss is {losses['loss']} in step {step}")
+                    raise self._diverged(f"the loss or its gradient is {losses['loss']} in step {step}")
                 if self.ema is not None:
                     self.ema.step(self.stage.trained.parameters())
                 lr = self.scheduler.get_last_lr()[0]
@@ -329,7 +337,7 @@ class Trainer:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
                     if norm is None or torch.isfinite(torch.as_tensor(norm)):
                         self.optimizer.step()
-                    elif accelerator.scaler is not None:
+                    elif accelerator.scaler is not None and accelerator.scaler.get_scale() > 1:
                         self.optimizer.step()  # fp16's own scaler skips it and scales down
                     else:
                         parts = parts | {"loss": parts["loss"] * float("nan")}
@@ -341,8 +349,8 @@ class Trainer:
     def _diverged(self, what):
         before = [path.name for _, path in list_checkpoints(self.folder)]
         return TrainingDiverged(
-            f"{what}; the last checkpoint is {before[-1] if before else 'none'}; try a smaller --learning_rate or "
-            "--mixed_precision no"
+            f"{what}; the last checkpoint is {before[-1] if before else 'none'}; start again in another --output_dir with "
+            "a smaller --learning_rate, or --mixed_precision no"
         )
 
     def _averaged(self):
@@ -352,7 +360,7 @@ class Trainer:
     def _validate(self, step):
         args, accelerator = self.args, self.accelerator
         purify, mapper = self.stage.networks(self.model)
-        sigmas = args.validation_sigmas or [args.sigma]
+        sigmas = args.validation_sigmas or sorted(set(args.sigma_range))
         self.stage.eval()
         with self._averaged(), accelerator.autocast():
             for sigma in sigmas:

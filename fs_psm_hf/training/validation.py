@@ -55,9 +55,9 @@ def validate(tower, images, sigma, num_samples, purify=None, mapper=None, batch_
                     features[f"{row}+M"] = raw + mapper(raw, sigma).float()
                 for name, feature in features.items():
                     cosine = F.cosine_similarity(tower.vector(feature).flatten(1), anchors)
-                    cosines.setdefault(name, {}).setdefault(first, []).append(cosine.double().cpu())
+                    cosines.setdefault(name, {}).setdefault(first, []).append(cosine.cpu().double())
                     error = (pixels - clean).square().flatten(1).mean(1)
-                    errors.setdefault(name, {}).setdefault(first, []).append(error.double().cpu())
+                    errors.setdefault(name, {}).setdefault(first, []).append(error.cpu().double())
     found = {}
     for name, batches in cosines.items():
         scores = (1 + torch.cat([torch.stack(draws, 1) for draws in batches.values()])) / 2  # (B, n)
