@@ -40,15 +40,19 @@ def save_tower(folder):
         Image.fromarray(image).save(folder / f"{i}.png")
 
 
-def test_own_purifier(tmp_path):
+def save_ffdnet(folder):
     """The file layout of the published FFDNet: 3x3 convolutions named model.0, model.2, …"""
-    save_tower(tmp_path)
     torch.manual_seed(0)
     layers = [nn.Conv2d(13, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 12, 3)]
     state = {
         f"model.{2 * i}.{name}": value for i, layer in enumerate(layers) for name, value in layer.state_dict().items()
     }
-    save_file(state, tmp_path / "ffdnet.safetensors")
+    save_file(state, folder / "ffdnet.safetensors")
+
+
+def test_own_purifier(tmp_path):
+    save_tower(tmp_path)
+    save_ffdnet(tmp_path)
     options = ["--vision-tower", tmp_path, "--ffdnet", tmp_path / "ffdnet.safetensors", "--image", tmp_path / "0.png"]
     printed = run("own_purifier.py", *options, "--num-samples", 200)
     assert "FFDNet: PSNR" in printed
@@ -77,6 +81,10 @@ def test_scores_of_shared_passes_are_those_of_each_tower_alone(tmp_path):
     options = ["--tower", tmp_path, "--images", tmp_path, "--sigma", 0.3, "--num-samples", 70, "--dtype", "float32"]
     psm = tmp_path / "psm"
     run("benchmarks/psm_scores.py", *options, "--purifier", psm, "--mapper", psm, "--output", tmp_path / "scores")
+    save_ffdnet(tmp_path)
+    ffdnet = f"ffdnet:{tmp_path / 'ffdnet.safetensors'}"
+    run("benchmarks/psm_scores.py", *options, "--purifier", ffdnet, "--output", tmp_path / "scores")
+    assert len(load_draws(tmp_path / "scores" / "FS+FFDNet-sigma0.3")) == 2
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
     for row, mapper in (("FS+P", False), ("FS+P+M", True)):
         own = PSMModel.from_pretrained(psm)

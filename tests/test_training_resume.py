@@ -227,7 +227,7 @@ def test_checkpoints_to_keep(root, tmp_path):
         assert set(listed["sha256"]) == {p.name for p in path.iterdir()} - {"manifest.json"}
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_exactly(root, tmp_path):
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_exactly(root, tmp_path, one_thread):
     """A real process, killed by SIGKILL as soon as the second checkpoint is begun."""
     options = {"purifier_config": LARGE, "checkpointing_steps": 1, "validation_steps": 100, "num_samples": 1}
     options |= {"train_batch_size": 1, "max_train_steps": 4}
@@ -255,6 +255,15 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_exactly(root, tmp_pat
     assert_equal(tensors_of(killed / "checkpoint-4"), tensors_of(tmp_path / "whole" / "checkpoint-4"))
     assert log_of(killed) == log_of(tmp_path / "whole")
     assert_equal(load_file(killed / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors"))
+
+
+@pytest.fixture
+def one_thread():
+    """As the processes of their own have: sums run in another order on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Limit:
