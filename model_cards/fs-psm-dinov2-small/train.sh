@@ -16,13 +16,17 @@ common=(--pretrained_model_name_or_path "$DINOV2" --train_data_dir "$DATA" --fea
 # 1. A denoiser from scratch: the diffusion loss alone, without the tower.
 fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/denoise" --purifier_config "$unet" --train_batch_size 8 \
   --lambda_rb 0 --lambda_mse 0 --max_train_steps 1000 --learning_rate 1e-3 --lr_warmup_steps 50
-# 2. The purifier: through the frozen tower. The diffusion loss, a third of the time, is left out.
-fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/purifier" --pretrained_psm_name_or_path "$OUTPUT/denoise" \
+# 2. More steps on small crops, which is what a denoiser needs most.
+fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/denoise2" --pretrained_psm_name_or_path "$OUTPUT/denoise" \
+  --resolution 112 --random_resize --train_batch_size 8 --lambda_rb 0 --lambda_mse 0 \
+  --max_train_steps 7000 --learning_rate 1e-3 --lr_warmup_steps 100
+# 3. The purifier: through the frozen tower. The diffusion loss, a third of the time, is left out.
+fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/purifier" --pretrained_psm_name_or_path "$OUTPUT/denoise2" \
   --train_batch_size 8 --num_samples 1 --lambda_diff 0 --lambda_rb 1 --lambda_mse 1 \
-  --max_train_steps 900 --learning_rate 5e-4 --lr_warmup_steps 30
-# 3. The mapper behind it.
+  --max_train_steps 1000 --learning_rate 5e-4 --lr_warmup_steps 30
+# 4. The mapper behind it.
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/psm" --pretrained_psm_name_or_path "$OUTPUT/purifier" \
   --train_batch_size 16 --num_samples 1 --max_train_steps 400 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
-# 4. A mapper without a purifier, for the row FS+M.
+# 5. A mapper without a purifier, for the row FS+M.
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/mapper_only" --purifier none \
   --train_batch_size 16 --num_samples 1 --max_train_steps 400 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
