@@ -13,13 +13,11 @@ import csv
 import io
 import json
 import os
-import re
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
+from psm_table import typed
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -56,12 +54,6 @@ def accuracy(queries, gallery, labels):
     values, nearest = similarity.topk(NEIGHBOURS, dim=1)
     votes = torch.zeros(len(queries), int(labels.max()) + 1).scatter_add_(1, labels[nearest], values)
     return (votes.argmax(1) == labels).float().mean().item()
-
-
-def typed():
-    """The command that was typed, folders by their last name."""
-    words = [re.sub(r"(^|(?<=[=:]))/\S*/", "", word) for word in sys.argv[1:]]
-    return shlex.join(["python", "examples/benchmarks/clean_utility.py", *words])
 
 
 def main():

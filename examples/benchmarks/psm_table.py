@@ -74,7 +74,7 @@ def psnr(purifier, images, names, sigma, draws):
 def typed():
     """The command that was typed, folders by their last name."""
     words = [re.sub(r"(^|(?<=[=:]))/\S*/", "", word) for word in sys.argv[1:]]
-    return shlex.join(["python", "examples/benchmarks/psm_table.py", *words])
+    return shlex.join(["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def main():

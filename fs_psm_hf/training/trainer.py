@@ -273,7 +273,7 @@ class Trainer:
         with tqdm(
             total=self.steps, initial=step, desc=args.stage, unit="step", disable=not accelerator.is_local_main_process
         ) as bar:
-            self._bar, started = bar, time.perf_counter()
+            started = time.perf_counter()
             for batch in loader:
                 for reason in batch["skipped"]:
                     skipped += 1
