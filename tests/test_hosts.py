@@ -124,6 +124,11 @@ def logits(host):
         return host(**llava_inputs(2)).logits
 
 
+def assert_same_logits(host, expected):
+    """Up to the rounding of kernels, which may choose their path by where a loaded weight lies in memory."""
+    torch.testing.assert_close(logits(host), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["plain", "real"])
 def test_a_whole_llava_reloads_exactly_twice(layout, tmp_path):
     host = llava()
@@ -149,10 +154,10 @@ def test_a_whole_llava_reloads_exactly_twice(layout, tmp_path):
     first = saved_and_loaded(host, tmp_path / "first")
     assert isinstance(first.model.vision_tower, SmoothedVisionTower)
     assert same_weights(first, host)
-    assert torch.equal(logits(first), expected)
+    assert_same_logits(first, expected)
     second = saved_and_loaded(first, tmp_path / "second")
     assert same_weights(second, host)
-    assert torch.equal(logits(second), expected)
+    assert_same_logits(second, expected)
     assert second.model.vision_tower.config.to_dict() == first.model.vision_tower.config.to_dict()
     # Detached after the reload, it is a plain LLaVA again, and saves and reloads as one.
     plain = llava()
@@ -314,4 +319,4 @@ def test_a_psm_alone_is_small_and_reattaches(tmp_path):
     psm.save_pretrained(tmp_path)
     other = llava()
     attach(other, PSMModel.from_pretrained(tmp_path), sigma=0.2, num_samples=3, **STATISTICS)
-    assert torch.equal(logits(other), expected)
+    assert_same_logits(other, expected)

@@ -55,7 +55,7 @@ def test_values_of_the_paper():
         assert (args.lambda_mse, args.lambda_stats, args.lambda_id) == (0.25, 100, 0.25)
     assert (purifier.lambda_diff, purifier.lambda_rb, purifier.purifier, purifier.use_ema) == (1, 0.25, "unet", True)
     assert (purifier.learning_rate, purifier.max_train_steps, purifier.num_train_epochs) == (5e-5, 12_000, None)
-    assert (mapper.lambda_rb, mapper.use_ema, mapper.lr_scheduler, mapper.num_blocks) == (1, False, "cosine", 3)
+    assert (mapper.lambda_rb, mapper.use_ema, mapper.lr_scheduler) == (1, False, "cosine")
     assert (mapper.learning_rate, mapper.max_train_steps, mapper.num_train_epochs) == (2e-4, None, 8)
     # Epochs that are asked for take the place of the steps.
     (args,) = parse("--stage", "purifier", "--num_train_epochs", 3)
@@ -111,7 +111,7 @@ def test_a_file_of_arguments(dump, tmp_path):
         False,
     )
     assert (mapper.learning_rate, mapper.num_train_epochs, mapper.sigma, mapper.num_blocks) == (1e-2, 2, 0.3, 1)
-    assert (purifier.num_blocks, mapper.use_ema, mapper.output_dir) == (3, False, "there/mapper")
+    assert (purifier.num_blocks, mapper.use_ema, mapper.output_dir) == (None, False, "there/mapper")
     (mapper,) = parse_arguments(
         [f"--config={path}", "--stage", "mapper", "--purifier", "none", "--learning_rate", "0.5"]
     )
@@ -228,6 +228,7 @@ def test_help(capsys):
         ({"stage": "mapper", "mapper_config": '{"hidden_size": 8}'}, "must have hidden_size 32, the tower's, got 8"),
         ({"stage": "mapper", "mapper_config": '{"depth": 8}'}, "depth"),
         ({"pretrained_psm_name_or_path": "ROOT/pooled"}, "has no purifier to train"),
+        ({"pretrained_psm_name_or_path": "ROOT/pooled", "purifier_config": "{}"}, "`--purifier_config` must not be given"),
         ({"purifier": "unet", "pretrained_psm_name_or_path": "ROOT/pooled"}, "`--purifier` must be none, the kind of"),
         ({"pretrained_psm_name_or_path": "ROOT/nowhere"}, "nowhere"),
         ({"train_data_weights": [1, 2]}, "`--train_data_weights` must be one number > 0 for each of 1 sets"),
@@ -318,7 +319,7 @@ def test_epochs_are_counted_in_images(root, tmp_path):
     """Three epochs of seven images in batches of four: 21 images, six steps."""
     options = {"max_train_steps": None, "num_train_epochs": 3, "num_samples": 1, "lambda_rb": 0}
     trainer = train(root, tmp_path / "out", **options)
-    assert (trainer.mixture.size, trainer.steps) == (7, 6)
+    assert (len(trainer.images), trainer.steps) == (7, 6)
 
 
 def test_both_stages_are_uploaded_once():

@@ -241,7 +241,7 @@ def test_a_local_data_set(layout, root, tmp_path):
         root, tmp_path / "out", train_data_dir=None, dataset_name=place, image_column=column,
         cache_dir=tmp_path / "cache", max_train_samples=4, max_train_steps=1,
     )  # fmt: skip
-    assert (trainer.mixture.size, len(trainer.held_out)) == (3, 1)
+    assert (len(trainer.images), len(trainer.held_out)) == (3, 1)
 
 
 def test_broken_and_missing_rows_of_a_data_set_are_skipped(root):
@@ -278,12 +278,12 @@ def test_fewer_images_and_images_held_out(root, tmp_path):
     """`--max_train_samples` is of each set; a folder to validate on leaves all images to train on."""
     both = [root / "images", root / "few"]
     trainer = prepared(root, tmp_path / "one", train_data_dir=both, max_train_samples=3)
-    assert (trainer.mixture.size, len(trainer.held_out)) == (5, 1)
+    assert (len(trainer.images), len(trainer.held_out)) == (5, 1)
     trainer = prepared(root, tmp_path / "two", train_data_dir=both, validation_data_dir=root / "few")
-    assert (trainer.mixture.size, len(trainer.held_out)) == (16, 2)
+    assert (len(trainer.images), len(trainer.held_out)) == (16, 2)
     few = [fit_image(Image.open(path).convert("RGB"), 16) for path in sorted((root / "few").glob("*.png"))]
     assert all(any(torch.equal(held, image) for image in few) for held in trainer.held_out)
     # Held out images come from all sets and are never trained on.
     trainer = prepared(root, tmp_path / "three", train_data_dir=both, center_crop=True, seed=3)
-    trained = [trainer.images[position]["pixels"] for position in range(2 * trainer.mixture.size)]
+    trained = [trainer.images[position]["pixels"] for position in range(2 * len(trainer.images))]
     assert not any(torch.equal(held, pixels) for held in trainer.held_out for pixels in trained)

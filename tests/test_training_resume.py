@@ -204,6 +204,17 @@ def test_another_tower_is_refused(root, tmp_path, capsys):
     assert "checkpoint-1 was made with tower " in capsys.readouterr().err
 
 
+def test_other_images_are_refused(root, tmp_path, capsys):
+    """As many, but one of them has another name: positions would be those of other pictures."""
+    shutil.copytree(root / "images", tmp_path / "images")
+    options = {"max_train_steps": 1, "train_data_dir": tmp_path / "images"}
+    train(root, tmp_path / "out", **options)
+    first = min((tmp_path / "images").iterdir())
+    first.rename(first.with_name("zz.png"))
+    assert command(*words(root, tmp_path / "out", resume_from_checkpoint="latest", **options)) == 2
+    assert "checkpoint-1 was made with train_images " in capsys.readouterr().err
+
+
 def test_another_purifier_below_the_mapper_is_refused(root, tmp_path, capsys):
     psm_model(mapper=False, seed=7).save_pretrained(tmp_path / "other")
     options = {"max_train_steps": 1, "pretrained_psm_name_or_path": root / "psm"}

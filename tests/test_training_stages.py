@@ -21,6 +21,8 @@ from training_runs import (
 )
 
 from fs_psm_hf import PSMModel, SmoothedVisionTower, attach, certify_scores
+from fs_psm_hf.training.saving import copy_psm, save_psm
+from fs_psm_hf.training.tower import FrozenTower
 from fs_psm_hf.training.validation import FIRST_DRAW, validate
 
 
@@ -53,7 +55,7 @@ def test_the_purifier_learns_and_the_tower_stays(kind, root, tmp_path):
     options = {"validation_data_dir": root / "held", "center_crop": True, "lambda_diff": 0.2, "lambda_rb": 1}
     options |= {"train_batch_size": 8, "max_train_steps": 25, "learning_rate": 1e-2, "lambda_mse": 1, "use_ema": False}
     if kind == "six":
-        options |= {"pretrained_psm_name_or_path": root / "six", "purifier": "diffusion", "purifier_config": None}
+        options |= {"pretrained_psm_name_or_path": root / "six", "purifier": "diffusion"}
     trainer = prepared(root, tmp_path / "out", **options)
     tower = weights_of(trainer.tower.tower)
     first, modes = weights_of(trainer.stage.trained), set()
@@ -271,7 +273,9 @@ def test_every_kind_of_tower_trains_and_serves_what_was_trained(kind, root, tmp_
 
 
 def test_a_mapper_is_trained_further(root, tmp_path):
-    """Starting from a PSM with a mapper goes on with that mapper, and its unit stays."""
+    """Starting from a PSM with a mapper goes on with that mapper, and its unit stays; another shape is refused."""
+    with pytest.raises(ValueError, match="`--num_blocks` must not be given with .* which has a mapper"):
+        prepared(root, tmp_path / "out", "mapper", pretrained_psm_name_or_path=root / "whole", num_blocks=2)
     trainer = prepared(root, tmp_path / "out", "mapper", pretrained_psm_name_or_path=root / "whole")
     assert_equal(weights_of(trainer.psm.mapper), weights_of(PSMModel.from_pretrained(root / "whole").mapper) | {
         "token_norm": trainer.psm.mapper.token_norm
@@ -295,6 +299,56 @@ def test_saving_memory_and_time_gives_the_same_losses(root, tmp_path):
             assert losses_of(folder) != expected
             assert trainer.tower.tower.dtype == dtype
             assert PSMModel.from_pretrained(folder).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_a_recomputed_tower_keeps_less_and_has_the_same_gradient(kind):
+    """Of each block its input is kept, and nothing in it runs as in training."""
+    found = {}
+    for checkpointing in (False, True):
+        smoothed = SmoothedVisionTower.from_components(vision_model(kind), image_mean=MEAN, image_std=STD)
+        tower = FrozenTower(smoothed, "tokens", checkpointing)
+        images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            features = tower.vector(tower.raw(images))
+        features.square().sum().backward()
+        found[checkpointing] = sum(kept), features.detach(), images.grad
+    assert found[True][0] < 0.5 * found[False][0]
+    torch.testing.assert_close(found[True][1:], found[False][1:])
+
+
+def test_a_large_psm_is_saved_in_pieces_and_replaces_the_one_before(tmp_path):
+    """Pieces that no longer belong to it are gone, in the folder of both stages too."""
+    small, large = psm_model(seed=1), psm_model(seed=2)
+    small.purifier = None
+    small.config.purifier = "none"
+    save_psm(large, tmp_path / "out", "20KB")
+    pieces = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(pieces) > 1
+    copy_psm(tmp_path / "out", tmp_path / "copy")
+    for folder in ("out", "copy"):
+        assert_equal(weights_of(PSMModel.from_pretrained(tmp_path / folder)), weights_of(large))
+    save_psm(small, tmp_path / "out")
+    copy_psm(tmp_path / "out", tmp_path / "copy")
+    for folder in ("out", "copy"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["config.json", "model.safetensors"]
+        assert_equal(weights_of(PSMModel.from_pretrained(tmp_path / folder)), weights_of(small))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["purifier", "mapper"])
+def test_a_gpu_gives_the_losses_of_the_cpu(stage, root, tmp_path):
+    """In float32 up to rounding, in bfloat16 and compiled near it; a run that was stopped goes on."""
+    start = {"pretrained_psm_name_or_path": root / "unet"} if stage == "mapper" else {}
+    train(root, tmp_path / "cpu", stage, **start)
+    expected = losses_of(tmp_path / "cpu")
+    train(root, tmp_path / "gpu", stage, use_cpu=False, max_train_steps=1, **start)
+    train(root, tmp_path / "gpu", stage, use_cpu=False, resume_from_checkpoint="latest", **start)
+    assert losses_of(tmp_path / "gpu") == pytest.approx(expected, rel=1e-3)
+    trainer = train(root, tmp_path / "fast", stage, use_cpu=False, mixed_precision="bf16", torch_compile=True, **start)
+    assert trainer.accelerator.device.type == "cuda"
+    assert losses_of(tmp_path / "fast") == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def words(root, output, stage="purifier", **options):
         "stage": stage,
         "output_dir": root / output,
         "pretrained_model_name_or_path": root / "tower",
-        "purifier_config": UNET if stage != "mapper" else None,
+        "purifier_config": None if stage == "mapper" or "pretrained_psm_name_or_path" in options else UNET,
         "purifier": "none" if stage == "mapper" and "pretrained_psm_name_or_path" not in options else None,
         "train_data_dir": root / "images",
         "train_batch_size": 4,
@@ -77,12 +77,12 @@ def forget_accelerate():
     GradientState._reset_state()
 
 
-def prepared(root, output="out", stage="purifier", **options):
+def prepared(root, output="out", stage="purifier", use_cpu=True, **options):
     """The trainer of a run that has not started."""
     forget_accelerate()
     (arguments,) = parse_arguments(words(root, output, stage, **options))
     before = dict(os.environ)
-    os.environ |= ENVIRONMENT
+    os.environ |= ENVIRONMENT if use_cpu else {}
     try:
         return Trainer(arguments)
     finally:

@@ -48,7 +48,7 @@ class PSMTrainingArguments:
     purifier: str | None = _option(None, "kind of a new purifier: unet (default), diffusion, or none (stage mapper)")
     purifier_config: str | None = _option(None, "JSON, or file of it: arguments of the purifier's UNet2DModel")
     mapper_config: str | None = _option(None, "JSON, or file of it: arguments of the SmoothnessMapper")
-    num_blocks: int = _option(3, "blocks of the mapper, k")
+    num_blocks: int | None = _option(None, "blocks of a new mapper, k (default: 3)")
     # The data
     train_data_dir: list[str] | None = _several("folders of images, searched in depth")
     dataset_name: str | None = _option(None, "data set for datasets.load_dataset, in place of folders")
@@ -82,7 +82,7 @@ class PSMTrainingArguments:
     num_train_epochs: int | None = _option(None, "epochs (mapper: 8)")
     max_train_steps: int | None = _option(None, "steps, in place of epochs (purifier: 12000)")
     gradient_accumulation_steps: int = _option(1, "micro-batches per step")
-    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
+    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time (purifier)")
     learning_rate: float | None = _option(None, "purifier: 5e-5, mapper: 2e-4")
     lr_scheduler: str | None = _option(None, "schedule of transformers (purifier: constant, mapper: cosine)")
     lr_warmup_steps: int = _option(0, "steps until the learning rate is reached")
@@ -173,6 +173,10 @@ class PSMTrainingArguments:
             defaults.pop("purifier", None)  # its own kind
         self._fill(defaults)
         if self.stage == "purifier":
+            if self.pretrained_psm_name_or_path is not None and self.purifier_config is not None:
+                raise ValueError(
+                    "`--purifier_config` must not be given with `--pretrained_psm_name_or_path`, which has one"
+                )
             if self.purifier == "none" or not (self.lambda_diff > 0 or self.lambda_rb > 0 or self.lambda_mse > 0):
                 raise ValueError("stage purifier must have a `--purifier` and a loss with a weight > 0")
             if self.purifier == "diffusion" and self.pretrained_psm_name_or_path is None:

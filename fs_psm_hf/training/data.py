@@ -4,7 +4,10 @@ Position p of a run is its p-th image, counted over all processes and epochs. Wh
 which noise it gets are functions of (seed, p): a resumed run, and one on more processes, sees the same.
 """
 
+import hashlib
 import io
+import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,9 @@ from PIL import Image
 from ..inputs import list_images
 
 
+logger = logging.getLogger(__name__)
+
+
 class ImageSource:
     """Images of one folder or data set; `source[i]` is a `PIL.Image.Image` in RGB.
 
@@ -21,8 +27,8 @@ class ImageSource:
         OSError: from `source[i]`, where image i cannot be read.
     """
 
-    def __init__(self, rows, column=None):
-        self.rows, self.column = rows, column
+    def __init__(self, rows, column=None, folder=None):
+        self.rows, self.column, self.folder = rows, column, folder
 
     def __len__(self):
         return len(self.rows)
@@ -33,13 +39,13 @@ class ImageSource:
 
     def name(self, index):
         """What to call an image in a message."""
-        return f"image {index}" if self.column is not None else str(self.rows[index])
+        return f"image {index}" if self.column is not None else str(self.folder / self.rows[index])
 
     def __getitem__(self, index):
         row = self.rows[index]
         try:
             if self.column is None:
-                file = row
+                file = self.folder / row
             else:
                 entry = row[self.column] or {"bytes": b""}  # a row without an image
                 file = entry["path"] if entry["bytes"] is None else io.BytesIO(entry["bytes"])
@@ -56,10 +62,10 @@ def folder_source(folder, option="--train_data_dir"):
         ValueError: it is no folder, or holds none.
     """
     folder = Path(folder)
-    return ImageSource([folder / name for name in list_images(folder, None, None, option=option)])
+    return ImageSource(list_images(folder, None, None, option=option), folder=folder)
 
 
-def hub_source(name, config_name, split, column, revision=None, cache_dir=None, token=None):
+def hub_source(name, config_name, split, column, cache_dir=None):
     """A data set of the Hub, or a local one that `datasets` knows.
 
     Raises:
@@ -72,7 +78,7 @@ def hub_source(name, config_name, split, column, revision=None, cache_dir=None, 
     except ImportError as error:
         raise ImportError("`--dataset_name` needs datasets: pip install 'fs-psm-hf[train]'") from error
     try:
-        data = load_dataset(name, config_name, split=split, revision=revision, cache_dir=cache_dir, token=token)
+        data = load_dataset(name, config_name, split=split, cache_dir=cache_dir)
     except Exception as error:  # its own classes, urllib's, pyarrow's
         raise ValueError(f"`--dataset_name` {name} cannot be loaded: {error}") from error
     if column not in data.column_names:
@@ -115,6 +121,14 @@ class Mixture:
         if not all(map(len, self.members)):
             raise ValueError("`--train_data_dir` must leave images to train on in every set, beside those held out")
         self._order = None, None
+
+    def names_hash(self):
+        """SHA-256 of which images are trained on: their names below their folders, or their numbers in a data set."""
+        digest = hashlib.sha256()
+        for source, members in zip(self.sources, self.members, strict=True):
+            names = [str(i) if source.column is not None else source.rows[i] for i in members.tolist()]
+            digest.update(json.dumps(names).encode())
+        return digest.hexdigest()
 
     def at(self, position):
         """The (source, index) of a position of the run."""
@@ -237,3 +251,50 @@ class PositionBatches:
         for micro in range(self.first_step * self.accumulation, self.last_step * self.accumulation):
             start = micro * together + self.process_index * self.batch_size
             yield list(range(start, start + self.batch_size))
+
+
+def load_images(args, resolution, smallest):
+    """The training images of some [`PSMTrainingArguments`], and those held out to validate on.
+
+    Args:
+        resolution (`int`): height and width in pixels.
+        smallest (`int`): see [`TrainingImages`].
+
+    Returns:
+        `tuple[TrainingImages, torch.Tensor]`: the second of shape `(images, 3, resolution, resolution)`, in [0, 1].
+
+    Raises:
+        ValueError, ImportError: the images cannot be had, or none of those held out is readable.
+    """
+    if args.train_data_dir is not None:
+        sources = [folder_source(folder) for folder in args.train_data_dir]
+    else:
+        name, config_name, split = args.dataset_name, args.dataset_config_name, args.dataset_split
+        sources = [hub_source(name, config_name, split, args.image_column, cache_dir=args.cache_dir)]
+    rng = np.random.default_rng([args.seed, 5])
+    if args.max_train_samples is not None:
+        for source in sources:
+            source.keep(sorted(rng.permutation(len(source))[: args.max_train_samples].tolist()))
+    everything = [(s, i) for s, source in enumerate(sources) for i in range(len(source))]
+    picked = set()
+    if args.validation_data_dir is not None:
+        validation = folder_source(args.validation_data_dir, option="--validation_data_dir")
+        places = rng.permutation(len(validation))[: args.num_validation_images].tolist()
+        chosen = [(validation, i) for i in sorted(places)]
+    else:
+        # Never more than a tenth of the images.
+        count = min(args.num_validation_images, max(1, len(everything) // 10))
+        picked = {everything[i] for i in rng.permutation(len(everything))[:count].tolist()}
+        chosen = [(sources[s], i) for s, i in sorted(picked)]
+    mixture = Mixture(sources, args.train_data_weights, args.seed, frozenset(picked))
+    images = TrainingImages(mixture, resolution, args.center_crop, args.random_flip, args.random_resize, smallest)
+    held_out = []
+    for source, index in chosen:
+        try:
+            held_out.append(fit_image(source[index], resolution))
+        except OSError as error:
+            logger.warning("not validated on: %s", error)
+    if not held_out:
+        option = next(n for n in ("validation_data_dir", "train_data_dir", "dataset_name") if getattr(args, n))
+        raise ValueError(f"`--{option}` has no readable image among the {len(chosen)} held out")
+    return images, torch.stack(held_out)

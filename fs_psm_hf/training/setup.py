@@ -54,11 +54,14 @@ def build_psm(args, tower):
                 f"{given} has a mapper of {config.mapper_feature} of width {start.mapper.hidden_size}, the tower's are "
                 f"{mapper_feature} of width {tower.width}"
             )
+        for name in ("num_blocks", "mapper_config"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"`--{name}` must not be given with {given}, which has a mapper")
         psm = start
         for name, value in base.items():
             setattr(psm.config, name, value)
     else:
-        mapper_config = {"hidden_size": tower.width, "num_blocks": args.num_blocks}
+        mapper_config = {"hidden_size": tower.width, "num_blocks": args.num_blocks or 3}
         # Pooled features have no neighbours; without a class token every token has.
         mapper_config |= {"kernel_size": 0} if pooled else {"num_prefix_tokens": tower.num_prefix_tokens}
         mapper_config |= args.mapper_config or {}

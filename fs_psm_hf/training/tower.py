@@ -2,7 +2,7 @@
 
 import torch
 from PIL import Image
-from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..features import pooled_name
 from ..inputs import load_tower
@@ -34,9 +34,25 @@ def load_plain_tower(args, dtype):
     return tower, processor
 
 
+def patch_of(tower):
+    """Height of a patch of a tower in pixels, the least that an image may have."""
+    patch = getattr(tower.config, "patch_size", None) or 1
+    return patch if isinstance(patch, int) else patch[0]
+
+
 def served_size(processor):
     """Height of the images that an image processor makes, in pixels."""
     return processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2]
+
+
+def _recompute_blocks(model):
+    """Activation checkpointing of a frozen model, which transformers does in training mode only."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not (model.supports_gradient_checkpointing and blocks):
+        raise ValueError(f"`--gradient_checkpointing` must be left out: {type(model).__name__} does not support it")
+    model.activation_checkpointing_enable()
+    for block in blocks:
+        block.training = True  # of the block alone: what is in it, dropout too, stays in evaluation mode
 
 
 class FrozenTower:
@@ -45,13 +61,18 @@ class FrozenTower:
     Args:
         tower ([`SmoothedVisionTower`]): without purifier and mapper; its `feature_layer` and `first_token` count.
         feature (`str`): `"tokens"`, `"cls"` or `"pooled"`, the feature whose cosine is trained.
-        checkpointing (`bool`): keep no activation of the tower for the backward pass, and compute them again there.
+        checkpointing (`bool`): keep of each block only its input for the backward pass, and compute the rest again there.
+
+    Raises:
+        ValueError: the tower cannot do that.
     """
 
     def __init__(self, tower, feature, checkpointing=False):
         tower.requires_grad_(False).eval()
         tower._selection.check(feature)
-        self.tower, self.feature, self.checkpointing = tower, feature, checkpointing
+        self.tower, self.feature = tower, feature
+        if checkpointing:
+            _recompute_blocks(tower.vision_tower)
         self._options, whole = tower._selection.options(feature)
         self._model = tower._model(whole)
 
@@ -84,11 +105,6 @@ class FrozenTower:
         Returns:
             `torch.Tensor` of shape `(batch_size, tokens, width)` or `(batch_size, width)`.
         """
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._raw, images, use_reentrant=False)
-        return self._raw(images)
-
-    def _raw(self, images):
         config = self.tower.config
         mean, std = channel_tensor(config.image_mean, images), channel_tensor(config.image_std, images)
         pixels = from_unit(images, mean, std).to(self.tower.dtype)

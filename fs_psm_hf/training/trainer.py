@@ -2,12 +2,10 @@
 
 import logging
 import math
-import os
-import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
@@ -20,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 from ..certification.identity import model_hash
 from .cache import FeatureCache
 from .checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
-from .data import Mixture, PositionBatches, TrainingImages, collate, fit_image, folder_source, hub_source
+from .data import PositionBatches, collate, load_images
+from .saving import copy_psm, save_psm
 from .setup import Averaged, build_psm, decay_groups, weights_hash
 from .stages import MapperStage, PurifierStage
-from .tower import FrozenTower, load_plain_tower, served_size
+from .tower import FrozenTower, load_plain_tower, patch_of, served_size
 from .trackers import JSONLTracker, check_report_to, flat
 from .validation import format_rows, sample_picture, save_picture, validate
 
@@ -66,12 +65,7 @@ def train(stages):
         Trainer(arguments).run()
     processes = PartialState()
     if len(stages) > 1 and processes.is_main_process:
-        parent = folder.parent
-        for name in ("model.safetensors", "config.json"):  # the file that makes it loadable comes last
-            if Path(folder / name).exists():
-                unfinished = parent / f".unfinished-{name}"
-                shutil.copyfile(folder / name, unfinished)
-                os.replace(unfinished, parent / name)
+        copy_psm(folder, folder.parent)
     processes.wait_for_everyone()
     processes.destroy_process_group()
     return folder.parent if len(stages) > 1 else folder
@@ -114,10 +108,13 @@ class Trainer:
         # The tower: frozen, in the dtype it computes in.
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
         tower, processor = load_plain_tower(args, dtype)
-        self.tower = FrozenTower(tower.to(accelerator.device), args.feature, args.gradient_checkpointing)
+        recompute = args.gradient_checkpointing and args.stage == "purifier"  # no gradient passes it in the other
+        self.tower = FrozenTower(tower.to(accelerator.device), args.feature, recompute)
         # Not the tower's own `image_size`: DINOv2 was trained at 518 pixels and is given 224.
         self.resolution = args.resolution or served_size(processor)
-        self._load_data(processor)
+        with accelerator.main_process_first() if args.dataset_name else nullcontext():
+            self.images, held_out = load_images(args, self.resolution, patch_of(tower))
+        self.held_out = held_out.to(accelerator.device)
         with torch.no_grad():
             tokens = self.tower.raw(self.held_out[:1])  # also an early word on a resolution that does not fit
         if args.first_token is not None and tokens.ndim == 3 and args.first_token >= tokens.shape[1]:
@@ -173,7 +170,8 @@ class Trainer:
             accelerator.register_for_checkpointing(self.ema)
         self.facts = {name: getattr(args, name) for name in _SAME} | {
             "sigma_range": list(args.sigma_range), "resolution": self.resolution, "global_batch_size": self.global_batch,
-            "num_train_images": self.mixture.size, "mixed_precision": accelerator.mixed_precision,
+            "num_train_images": len(self.images), "train_images": self.images.mixture.names_hash(),
+            "image_mean": tower.config.image_mean, "image_std": tower.config.image_std, "mixed_precision": accelerator.mixed_precision,
             "feature_layer": tower.config.feature_layer, "first_token": tower.config.first_token,
             "tower": model_hash(tower), "purifier_config": psm.config.purifier_config,
             "mapper_config": psm.config.mapper_config,
@@ -187,55 +185,6 @@ class Trainer:
         accelerator.init_trackers(args.tracker_project_name, config=flat(args.to_dict()))
 
     # Made once ----------------------------------------------------------------------------------------------------------
-
-    def _load_data(self, processor):
-        args = self.args
-        if args.train_data_dir is not None:
-            sources = [folder_source(folder) for folder in args.train_data_dir]
-        else:
-            with self.accelerator.main_process_first():
-                sources = [
-                    hub_source(
-                        args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column,
-                        cache_dir=args.cache_dir,
-                    )
-                ]  # fmt: skip
-        rng = np.random.default_rng([args.seed, 5])
-        if args.max_train_samples is not None:
-            for source in sources:
-                source.keep(sorted(rng.permutation(len(source))[: args.max_train_samples].tolist()))
-        everything = [(s, i) for s, source in enumerate(sources) for i in range(len(source))]
-        held_out = set()
-        if args.validation_data_dir is not None:
-            validation = folder_source(args.validation_data_dir, option="--validation_data_dir")
-            picked = rng.permutation(len(validation))[: args.num_validation_images].tolist()
-            chosen = [(validation, i) for i in sorted(picked)]
-        else:
-            # Never more than a tenth of the images.
-            count = min(args.num_validation_images, max(1, len(everything) // 10))
-            picked = [everything[i] for i in rng.permutation(len(everything))[:count].tolist()]
-            held_out = set(picked)
-            chosen = [(sources[s], i) for s, i in sorted(picked)]
-        self.mixture = Mixture(sources, args.train_data_weights, args.seed, frozenset(held_out))
-        patch = getattr(self.tower.tower.config, "patch_size", None) or 1
-        self.images = TrainingImages(
-            self.mixture,
-            self.resolution,
-            args.center_crop,
-            args.random_flip,
-            args.random_resize,
-            patch if isinstance(patch, int) else patch[0],
-        )
-        held = []
-        for source, index in chosen:
-            try:
-                held.append(fit_image(source[index], self.resolution))
-            except OSError as error:
-                logger.warning("not validated on: %s", error)
-        if not held:
-            option = next(n for n in ("validation_data_dir", "train_data_dir", "dataset_name") if getattr(args, n))
-            raise ValueError(f"`--{option}` has no readable image among the {len(chosen)} held out")
-        self.held_out = torch.stack(held).to(self.accelerator.device)
 
     def _resume(self, checkpoint, facts):
         for name, value in self.facts.items():
@@ -296,10 +245,11 @@ class Trainer:
                 skipped, sums = 0, {}
                 if not all(map(math.isfinite, means)):
                     raise self._diverged(f"the loss or its gradient is {losses['loss']} in step {step}")
-                if self.ema is not None:
-                    self.ema.step(self.stage.trained.parameters())
                 lr = self.scheduler.get_last_lr()[0]
-                self.scheduler.step()
+                if not accelerator.optimizer_step_was_skipped:  # by fp16's scaler
+                    if self.ema is not None:
+                        self.ema.step(self.stage.trained.parameters())
+                    self.scheduler.step()
                 now = time.perf_counter()
                 speed, started = self.global_batch / (now - started), now
                 bar.update()
@@ -398,16 +348,10 @@ class Trainer:
         result.load_state_dict(state)
         result = result.to(getattr(torch, args.weights_dtype))
         result.config.dtype = result.dtype
-        unfinished = self.folder / ".unfinished-psm"
-        shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            result.save_pretrained(unfinished)
-            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, self.folder / path.name)
+            save_psm(result, self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(f"`--output_dir` {self.folder}: the PSM cannot be written: {error}") from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         if args.push_to_hub:
             result.push_to_hub(
                 args.hub_model_id or self.folder.resolve().name, token=args.hub_token, private=args.hub_private_repo
