@@ -15,21 +15,29 @@ the dropout of training (0 here), nor the noise schedule: see [`convert_guided_d
 These two published models know classes: neither is a purifier, and only [`convert_guided_diffusion`] takes them.
 """
 
-import pickle
 import re
-import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from safetensors import SafetensorError
 
+from .checkpoints import (
+    check_dtypes,
+    check_integer,
+    check_output,
+    check_shape,
+    check_state_dict,
+    load_pickle,
+    refuse_other_keys,
+    shape_at,
+    whole_folder,
+)
 from .configuration_fs_psm import PSMConfig
 from .modeling_psm import PSMModel
 from .unet import ExtendedUNet2DModel, build_unet
 
 
+NETWORK = "a guided-diffusion U-Net"
 FORMATS = ("psm", "unet")
 HEAD_CHANNELS = 64
 # `GroupNorm32` of the original: the number of groups is fixed.
@@ -63,22 +71,8 @@ def load_guided_diffusion_checkpoint(checkpoint: str | Path) -> dict[str, torch.
         ValueError: the file is missing or damaged, holds code, or is no checkpoint.
         TypeError: it holds anything but a flat state dict.
     """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise ValueError(f"`checkpoint` must be a file, got {checkpoint}")
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # a file of another kind may fail anywhere in the reader
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            raise ValueError(
-                f"`checkpoint` must hold nothing but tensors, got code ({code[1]}) in {path.name}, which was not run"
-            ) from error
-        raise ValueError(f"`checkpoint` must be an undamaged file of torch.save, got {path.name}") from error
-    _check_state_dict(state_dict)
+    state_dict = load_pickle(checkpoint)
+    check_state_dict(state_dict)
     return state_dict
 
 
@@ -115,20 +109,15 @@ def convert_guided_diffusion(
         ValueError: keys are missing or left over, shapes disagree, or an option is out of range.
         TypeError: `state_dict` is not a flat dict of floating-point tensors of one type.
     """
-    _check_state_dict(state_dict)
+    check_state_dict(state_dict)
     config = _read_config(state_dict, num_head_channels, num_heads, image_size)
     with torch.device("meta"):
         unet = build_unet(config)
     expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     modules = _original_modules(config)
     sources = {name: _original_name(name, modules) for name in expected}
-    _refuse_other_keys(state_dict.keys(), set(sources.values()))
-    dtypes = {tensor.dtype for tensor in state_dict.values()}
-    if not all(kind.is_floating_point for kind in dtypes) or (dtype is None and len(dtypes) > 1):
-        kinds = ", ".join(sorted(map(str, dtypes)))
-        raise TypeError(
-            f"`state_dict` must hold floating-point tensors, of one type unless `dtype` is given, got {kinds}"
-        )
+    refuse_other_keys(state_dict.keys(), set(sources.values()), NETWORK)
+    check_dtypes(state_dict.values(), dtype)
 
     converted = {}
     for name, source in sources.items():
@@ -139,11 +128,7 @@ def convert_guided_diffusion(
             given_shape[0] *= 3
         if len(shape) == 2 and source.endswith((".qkv.weight", ".proj_out.weight")):
             given_shape.append(1)  # a convolution over the pixels in a row, linear here
-        if list(tensor.shape) != given_shape:
-            raise ValueError(
-                f"`state_dict` must have shape {tuple(given_shape)} at {source} to fit its other weights, "
-                f"got {tuple(tensor.shape)}"
-            )
+        check_shape(tensor.shape, given_shape, source)
         if part in QUERY_KEY_VALUE:
             heads = config.get("num_attention_heads") or shape[0] // (config["attention_head_dim"] or shape[0])
             tensor = _split_projection(tensor, QUERY_KEY_VALUE.index(part), heads, use_new_attention_order)
@@ -183,21 +168,12 @@ def convert_guided_diffusion_checkpoint(
     """
     if output_format not in FORMATS:
         raise ValueError(f"`output_format` must be one of {', '.join(FORMATS)}, got {output_format!r}")
-    output = Path(output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"`output` must be a new or an empty folder, got {output}")
+    output = check_output(output)
     state_dict = load_guided_diffusion_checkpoint(checkpoint)
     model = convert_guided_diffusion(state_dict, dtype=dtype, **options)
     model = _in_format(model, output_format, Path(checkpoint).name)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        try:
-            model.save_pretrained(Path(scratch) / output.name)
-        except SafetensorError as error:
-            raise OSError(f"`output` could not be written: {error}") from error
-        if output.exists():
-            output.rmdir()
-        (Path(scratch) / output.name).rename(output)
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder)
     return output
 
 
@@ -217,29 +193,11 @@ def _in_format(unet, output_format, name):
     return psm.eval()
 
 
-def _check_state_dict(state_dict):
-    if not isinstance(state_dict, dict):
-        raise TypeError(f"`state_dict` must be a flat dict from names to tensors, got {type(state_dict).__name__}")
-    for key, value in state_dict.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"`state_dict` must be a flat dict from names to tensors, got {type(value).__name__} at {key!r}"
-            )
-
-
-def _shape_at(state_dict, key, dimensions):
-    shape = state_dict[key].shape if key in state_dict else ()
-    if len(shape) != dimensions:
-        found = f"of shape {tuple(shape)}" if key in state_dict else "missing"
-        raise ValueError(f"`state_dict` must be that of a guided-diffusion U-Net, got one with {key} {found}")
-    return shape
-
-
 def _read_config(state_dict, num_head_channels, num_heads, image_size):
     """Arguments of `UNet2DModel`, from some of the keys and shapes; the rest is compared once they are known."""
-    width, in_channels = _shape_at(state_dict, "input_blocks.0.0.weight", 4)[:2]
-    out_channels = _shape_at(state_dict, "out.2.weight", 4)[0]
-    time_width = _shape_at(state_dict, "time_embed.0.weight", 2)[1]
+    width, in_channels = shape_at(state_dict, "input_blocks.0.0.weight", 4, NETWORK)[:2]
+    out_channels = shape_at(state_dict, "out.2.weight", 4, NETWORK)[0]
+    time_width = shape_at(state_dict, "time_embed.0.weight", 2, NETWORK)[1]
     if in_channels != 3:
         upsampler = ": an upsampler, no denoiser of one image" if in_channels == 6 else ""
         raise ValueError(f"`state_dict` must take 3 channels in, got {in_channels}{upsampler}")
@@ -248,19 +206,19 @@ def _read_config(state_dict, num_head_channels, num_heads, image_size):
     per_level, levels, resample = _read_levels(state_dict)
     # From the lowest resolution up, as the output blocks come.
     first_blocks = [f"output_blocks.{per_level * level}" for level in range(levels)]
-    widths = [_shape_at(state_dict, f"{block}.0.in_layers.2.weight", 4)[0] for block in first_blocks]
+    widths = [shape_at(state_dict, f"{block}.0.in_layers.2.weight", 4, NETWORK)[0] for block in first_blocks]
     if any(channels % GROUPS for channels in widths):
         raise ValueError(f"`state_dict` must have multiples of {GROUPS} channels at every level, got {widths[::-1]}")
     attends = [f"{block}.1.qkv.weight" in state_dict for block in first_blocks]
     attention_widths = {widths[0], *(channels for channels, yes in zip(widths, attends, strict=True) if yes)}
-    time_channels = _shape_at(state_dict, "middle_block.0.emb_layers.1.weight", 2)[0]
+    time_channels = shape_at(state_dict, "middle_block.0.emb_layers.1.weight", 2, NETWORK)[0]
     plain = (
         ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resample == "resnet" else ("DownBlock2D", "UpBlock2D")
     )
     if image_size is None:
         image_size = IMAGE_SIZES.get(tuple(channels / time_width for channels in widths[::-1]))
     else:
-        _check_integer("image_size", image_size)
+        check_integer("image_size", image_size)
     config = {
         "sample_size": image_size,
         "in_channels": 3,
@@ -279,7 +237,7 @@ def _read_config(state_dict, num_head_channels, num_heads, image_size):
     if time_width != width:
         config |= {"time_proj_dim": time_width, "time_embedding_dim": 4 * time_width}
     if "label_emb.weight" in state_dict:
-        config["num_class_embeds"] = _shape_at(state_dict, "label_emb.weight", 2)[0]
+        config["num_class_embeds"] = shape_at(state_dict, "label_emb.weight", 2, NETWORK)[0]
     return config
 
 
@@ -320,7 +278,7 @@ def _head_options(widths, num_head_channels, num_heads):
         name, number = "num_heads", num_heads
     else:
         name, number = "num_head_channels", HEAD_CHANNELS if num_head_channels is None else num_head_channels
-    _check_integer(name, number)
+    check_integer(name, number)
     if any(width % number for width in widths):
         raise ValueError(f"`{name}` must divide the widths of all attention layers, {sorted(widths)}, got {number}")
     if num_heads is None:
@@ -328,11 +286,6 @@ def _head_options(widths, num_head_channels, num_heads):
     if num_heads > 1 and len(widths) > 1:
         return {"num_attention_heads": num_heads}
     return {"attention_head_dim": None if num_heads == 1 else max(widths) // num_heads}
-
-
-def _check_integer(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}")
 
 
 def _original_modules(config):
@@ -376,18 +329,6 @@ def _original_name(name, modules):
         part = "op"
     part = PARTS.get(part, part)
     return ".".join([modules[module], part, leaf] if part else [modules[module], leaf])
-
-
-def _refuse_other_keys(given, expected):
-    faults = []
-    for what, keys in (("missing", expected - given), ("left over", given - expected)):
-        if keys:
-            shown = ", ".join(sorted(keys)[:5])
-            faults.append(f"{len(keys)} keys {what}: {shown}" + (", …" if len(keys) > 5 else ""))
-    if faults:
-        raise ValueError(
-            f"`state_dict` must have exactly the keys of a guided-diffusion U-Net, got {'; '.join(faults)}"
-        )
 
 
 def _split_projection(tensor, index, heads, new_order):
