@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fs_psm_hf import PSMModel, SmoothedVisionTower
+from fs_psm_hf.cards.tables import format_rows
 from fs_psm_hf.certification.folder import image_name
 from fs_psm_hf.certification.results_file import versions
 from fs_psm_hf.inputs import load_tower
@@ -109,16 +110,6 @@ def main():
     unfinished.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(unfinished, args.json)
     print(format_rows(result))
-
-
-def format_rows(result):
-    """Markdown of the rows."""
-    lines = ["| feature | plain gallery | own gallery | cosine with the plain feature |", "|" + " --- |" * 4]
-    for name, row in result["rows"].items():
-        lines.append(
-            f"| {name} | {row['plain_gallery']:.1%} | {row['own_gallery']:.1%} | {row['mean_cosine_with_plain']:.3f} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

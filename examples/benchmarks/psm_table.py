@@ -20,6 +20,7 @@ import torch
 from psm_scores import load_purifier
 from transformers import AutoImageProcessor
 
+from fs_psm_hf.cards.tables import ROWS, format_table
 from fs_psm_hf.certification import certify_scores
 from fs_psm_hf.certification.folder import image_name, read_image
 from fs_psm_hf.certification.results_file import versions
@@ -29,13 +30,13 @@ from fs_psm_hf.pixels import channel_tensor, to_unit
 
 
 EPSILONS = (0.125, 0.25, 0.375, 0.5, 0.75)
-PLUGIN_DRAWS, CERTIFIED_DRAWS, ALPHA = 200, 1000, 1e-3
-ROWS = ("FS", "FS+M", "FS+denoiser", "FS+FFDNet", "FS+P", "FS+P+M")
+PLUGIN_DRAWS, CERTIFIED_DRAWS, ALPHA, LEVEL = 200, 1000, 1e-3, 0.5
 
 
 def bound(scores, sigma, method):
     """Means over images of the bounds of `certify_scores`."""
-    found = [certify_scores(s, sigma=sigma, epsilons=EPSILONS, method=method, alpha=ALPHA) for s in scores]
+    question = {"epsilons": EPSILONS, "alpha": ALPHA, "level": LEVEL}
+    found = [certify_scores(s, sigma=sigma, method=method, **question) for s in scores]
     return {
         "images": len(scores),
         "num_samples": len(scores[0]),
@@ -115,34 +116,13 @@ def main():
             noisy, purified = psnr(purifier, images, files, float(sigma), args.draws)
             quality.setdefault(sigma, {"noisy": noisy})[name] = purified
     found = {
-        "rows": rows, "psnr_db": quality, "epsilons": EPSILONS, "alpha": ALPHA, "files": files,
+        "rows": rows, "psnr_db": quality, "epsilons": EPSILONS, "alpha": ALPHA, "level": LEVEL, "files": files,
         "feature": args.feature, "versions": versions(), "command": typed(),
     }  # fmt: skip
     unfinished = args.json.with_suffix(".tmp")
     unfinished.write_text(json.dumps(found, indent=2) + "\n")
     os.replace(unfinished, args.json)
     print(format_table(found))
-
-
-def format_table(found):
-    """Markdown of the rows."""
-    lines = ["| σ | row | mean cosine | plug-in FCSB at " + ", ".join(f"{e:g}" for e in found["epsilons"])]
-    lines[0] += " | plug-in radius | 99.9 % radius (images) | PSNR, dB |"
-    lines.append("|" + " --- |" * 7)
-    for sigma, rows in found["rows"].items():
-        for name in ROWS:
-            if name not in rows:
-                continue
-            row, quality = rows[name], found["psnr_db"][sigma]
-            plugin, cdf = row["plugin"], row.get("cdf")
-            bounds = ", ".join(f"{b:.3f}" for b in plugin["mean_inner_product_bounds"])
-            certified = "-" if cdf is None else f"{cdf['mean_radius']:.3f} ({cdf['images']})"
-            part = next((part for part in quality if f"+{part}" in name), "noisy")
-            lines.append(
-                f"| {sigma} | {name} | {plugin['mean_cosine']:.3f} | {bounds} | {plugin['mean_radius']:.3f} | {certified} "
-                f"| {quality[part]:.2f} |"
-            )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

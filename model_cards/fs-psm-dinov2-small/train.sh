@@ -26,7 +26,7 @@ fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/purifier" --p
   --max_train_steps 1000 --learning_rate 5e-4 --lr_warmup_steps 30
 # 4. The mapper behind it.
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/psm" --pretrained_psm_name_or_path "$OUTPUT/purifier" \
-  --train_batch_size 16 --num_samples 1 --max_train_steps 400 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
+  --train_batch_size 16 --num_samples 1 --max_train_steps 500 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
 # 5. A mapper without a purifier, for the row FS+M.
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/mapper_only" --purifier none \
   --train_batch_size 16 --num_samples 1 --max_train_steps 400 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
