@@ -188,6 +188,23 @@ def demo(
 
 
 @app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Model folder with config.json, or with results of `fs-psm certify`.")],
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 where the card would change.")] = False,
+):  # fmt: skip
+    """Write README.md from the folder's config and results; what a human wrote in it stays."""
+    from .cards import write_card
+
+    changes = write_card(folder, check=check)
+    state = "would change" if check else "written"
+    typer.echo(f"{folder / 'README.md'}: {state if changes else 'up to date'}")
+    for change in changes:
+        typer.echo(f"- {change}")
+    if check and changes:
+        raise typer.Exit(1)
+
+
+@app.command()
 def tables(
     paper: Annotated[int, typer.Option(help="Table of the paper: 2 or 5.")],
     results: Annotated[list[Path], typer.Option(help="Results of `fs-psm certify`; may be repeated.")] = (),
@@ -229,6 +246,57 @@ def convert_guided_diffusion(
         image_size=image_size,
     )  # fmt: skip
     typer.echo(f"wrote {folder}")
+
+
+@convert_app.command("open-clip")
+def convert_open_clip(
+    checkpoint: Annotated[Path, typer.Option(help="State dict of a visual or a whole CLIP, such as fare_eps_4.pt.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    image_size: Annotated[int | None, typer.Option(help="Resample the position embeddings for images of this size (default: the checkpoint's).")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads (default: width / 64; ViT-H, -g, -bigG and -e have 16).")] = None,
+    hidden_act: Annotated[str, typer.Option(help="quick_gelu (OpenAI's weights, FARE and TeCoA from them) or gelu (most others).")] = "quick_gelu",
+    projection: Annotated[bool | None, typer.Option(help="Keep the projection into the space shared with text (default: where there is one).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the checkpoint's).")] = None,
+):  # fmt: skip
+    """Convert the Vision Transformer of an open_clip or OpenAI CLIP, such as FARE or TeCoA, to a CLIP vision model."""
+    import torch
+    from transformers.utils import logging
+
+    from .conversion_open_clip import convert_open_clip_checkpoint
+    from .inputs import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype}")
+    logging.disable_progress_bar()
+    folder = convert_open_clip_checkpoint(
+        checkpoint, output, dtype=None if dtype is None else getattr(torch, dtype), image_size=image_size,
+        num_heads=num_heads, hidden_act=hidden_act, projection=projection,
+    )  # fmt: skip
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder, such as model_cards/NAME or the output of a training.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository, OWNER/NAME.")],
+    revision: Annotated[str | None, typer.Option(help="Branch (default: main).")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a draft pull request instead of a commit.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="First line of the commit's message.")] = None,
+    token: Annotated[str | None, typer.Option(help="Token (default: that of `hf auth login`, or HF_TOKEN).")] = None,
+):  # fmt: skip
+    """Upload a model folder to the Hub in one commit; what humans wrote into its card stays."""
+    from transformers.utils import logging
+
+    from .hub import push_folder
+
+    logging.disable_progress_bar()
+    typer.echo(
+        push_folder(
+            folder, repo_id, token=token, private=private or None, revision=revision, create_pr=create_pr,
+            commit_message=commit_message,
+        )
+    )  # fmt: skip
 
 
 @app.command()

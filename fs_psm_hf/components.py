@@ -1,10 +1,23 @@
 """The parts a smoothed tower is made of: what may be one, and how the wrapped vision model is built from its configuration."""
 
+import logging
+import os
+from pathlib import Path
+
 import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from .modeling_psm import PSMModel
+
+
+logger = logging.getLogger(__name__)
+
+# Hosts that were published with the weights of an encoder as they were, under names that do not say so.
+_SAME_TOWER = {
+    "llava-1.5-7b-hf": "clip-vit-large-patch14-336",
+    "llava-1.5-13b-hf": "clip-vit-large-patch14-336",
+}
 
 
 def build_vision_model(config):
@@ -51,3 +64,68 @@ def check_vision_model(vision_tower):
         raise TypeError(f"`vision_tower` must be a transformers PreTrainedModel, got {type(vision_tower).__name__}")
     if vision_tower.device.type == "meta":
         raise ValueError("`vision_tower` must be in memory, got one that is offloaded: smooth it, save it and reload")
+
+
+def check_psm(psm, vision_tower):
+    """Whether a [`PSMModel`] belongs to a vision tower, as far as that can be seen; logs a warning where it may not.
+
+    Raises:
+        ValueError: its mapper refines pooled embeddings of another width than the tower's. (The width of tokens is
+            checked with the feature layers, which it depends on.)
+    """
+    _check_pooled_width(psm, vision_tower)
+    warn_of_another_base(psm, vision_tower.config.name_or_path)
+
+
+def _check_pooled_width(psm, vision_tower):
+    mapper = psm.config.mapper_config
+    if mapper is None or psm.config.mapper_feature != "pooled":
+        return
+    projection, config = getattr(vision_tower, "visual_projection", None), vision_tower.config
+    width = getattr(projection, "out_features", None) or getattr(config, "pooler_output_size", None)
+    width = width or getattr(config, "hidden_size", None)
+    if isinstance(width, int) and mapper.get("hidden_size") != width:
+        raise ValueError(
+            f"`mapper_config['hidden_size']` must be {width}, the width of the tower's pooled feature, got "
+            f"{mapper.get('hidden_size')}"
+        )
+
+
+def warn_of_another_base(psm, name):
+    """Log a warning if a [`PSMModel`] was trained for another model than the one of this name.
+
+    Hub ids are compared as a whole, folders by their last name. Nothing is said where either is not known.
+
+    Args:
+        name (`str`): where the tower, or the host around it, was loaded from.
+    """
+    base = getattr(psm, "config", None) and psm.config.base_model_name_or_path
+    if base and name and not _same_model(base, name):
+        logger.warning(
+            "`psm` was trained for %r, and this tower comes from %r: unless both hold the same vision weights, its purifier "
+            "and mapper were made for other features",
+            *(_repository(one) for one in (base, name)),
+        )
+
+
+def _repository(name):
+    """A folder of the Hub's cache as the id of its repository, any other name as it is."""
+    for part in Path(name).parts:
+        if part.startswith("models--"):
+            return "/".join(part.split("--")[1:])
+    return str(name).rstrip("/")
+
+
+def _same_model(*names):
+    lasts = [Path(_repository(name)).name.lower() for name in names]
+    towers = [_SAME_TOWER.get(last, last) for last in lasts]
+    if towers[0] != towers[1]:
+        return False
+    # Two repositories of one name but of two owners are two models; of a folder nobody knows the owner.
+    only_last = any(last in _SAME_TOWER for last in lasts) or any(_is_folder(name) for name in names)
+    return only_last or _repository(names[0]).lower() == _repository(names[1]).lower()
+
+
+def _is_folder(name):
+    name = _repository(name)
+    return name.startswith((".", "/", "~")) or len(Path(name).parts) > 2 or os.path.isdir(name)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .components import warn_of_another_base
 from .modeling_fs_psm import SmoothedVisionTower
 
 
@@ -54,7 +55,8 @@ def attach(
 
     The host's projector and language model are untouched; its configuration describes the new tower, so the whole
     model saves and reloads by its own class after `import fs_psm_hf`. The PSM is moved to the tower's device and
-    dtype (a purifier of yours to the device only) and frozen.
+    dtype (a purifier of yours to the device only) and frozen. One that remembers another base model than this host or its
+    tower is taken with a warning.
 
     Args:
         host (`PreTrainedModel`): a `LlavaForConditionalGeneration` or `LlavaModel`.
@@ -80,7 +82,7 @@ def attach(
     own_layer = getattr(host.config, kind.layer_field)
     if feature_layer is not None and feature_layer != own_layer:
         raise ValueError(f"`feature_layer` must be the one the host reads, {own_layer}, got {feature_layer}")
-    training = tower.training
+    training, own_name = tower.training, tower.config.name_or_path
     smoothed = SmoothedVisionTower.from_components(
         tower,
         psm,
@@ -94,6 +96,8 @@ def attach(
         max_batch_size=max_batch_size,
         aggregation=aggregation,
     )
+    if not own_name:  # it came with the host
+        warn_of_another_base(psm, host.config.name_or_path)
     smoothed.psm.requires_grad_(False)
     holder.vision_tower = smoothed
     for config in configs:

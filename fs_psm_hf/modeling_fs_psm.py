@@ -5,7 +5,7 @@ import contextlib
 import torch
 from transformers import PreTrainedModel
 
-from .components import architecture_name, build_vision_model, check_vision_model, is_own_purifier
+from .components import architecture_name, build_vision_model, check_psm, check_vision_model, is_own_purifier
 from .configuration_fs_psm import (
     OWN_PURIFIER,
     PSMConfig,
@@ -71,7 +71,8 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
     ):
         """Assemble a tower from a vision model and a PSM; no weight is copied.
 
-        The PSM is moved to the vision model's device and dtype, a purifier of yours to its device only.
+        The PSM is moved to the vision model's device and dtype, a purifier of yours to its device only. A PSM that
+        remembers another base model than this one is taken with a warning.
 
         Args:
             vision_tower (`PreTrainedModel`): a CLIP-like vision model, called with `pixel_values`.
@@ -89,6 +90,8 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         """
         check_vision_model(vision_tower)
         own_purifier = is_own_purifier(psm)
+        if isinstance(psm, PSMModel):
+            check_psm(psm, vision_tower)
         if image_mean is None and image_std is None and processor is not None:
             image_mean, image_std = read_statistics(processor)
         check_statistics(image_mean, image_std)

@@ -30,7 +30,7 @@ LAYERS = [
         "certification.adaptive",
     ],
     ["modeling_psm", "components", "modeling_fs_psm"],
-    ["hosts", "conversion", "hub", "certification", "inputs", ""],
+    ["hosts", "checkpoints", "conversion", "conversion_open_clip", "hub", "cards", "certification", "inputs", ""],
     ["training", "attacks"],
     ["evaluation", "plots", "demo"],
     ["cli"],
