@@ -2,7 +2,12 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+from ..cards import write_card
+from ..hub import push_folder
+from .record import FILE
 
 
 _UNFINISHED = ".unfinished-psm"
@@ -27,7 +32,7 @@ def save_psm(psm, folder, max_shard_size="50GB"):
 
 
 def copy_psm(source, folder):
-    """Put a copy of the PSM of one folder into another, as [`save_psm`] does.
+    """Put a copy of the PSM of one folder, and of its record, into another, as [`save_psm`] does.
 
     Raises:
         OSError: it cannot be written; what was there before is untouched.
@@ -39,8 +44,24 @@ def copy_psm(source, folder):
         for path in [*_weights(Path(source)), Path(source) / "config.json"]:
             shutil.copyfile(path, unfinished / path.name)
         _install(unfinished, Path(folder))
+        if (Path(source) / FILE).exists():
+            (Path(folder) / FILE).parent.mkdir(exist_ok=True)
+            shutil.copyfile(Path(source) / FILE, Path(folder) / FILE)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def publish(folder, repo_id, token=None, private=None):
+    """Upload the PSM of a folder and its card, without checkpoints and logs.
+
+    Raises:
+        ValueError, OSError: as [`push_folder`].
+    """
+    with tempfile.TemporaryDirectory() as place:
+        staged = Path(place) / repo_id.rpartition("/")[2]  # the card is named like it
+        copy_psm(folder, staged)
+        write_card(staged)
+        push_folder(staged, repo_id, token=token, private=private)
 
 
 def _weights(folder):

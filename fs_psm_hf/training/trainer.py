@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,10 +17,12 @@ from transformers import get_scheduler, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..certification.identity import model_hash
+from ..hub import prepare_repo
 from .cache import FeatureCache
 from .checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 from .data import PositionBatches, collate, load_images
-from .saving import copy_psm, save_psm
+from .record import write_record
+from .saving import copy_psm, publish, save_psm
 from .setup import Averaged, build_psm, decay_groups, weights_hash
 from .stages import MapperStage, PurifierStage
 from .tower import FrozenTower, load_plain_tower, patch_of, served_size
@@ -55,6 +58,10 @@ def train(stages):
         ValueError, OSError, ImportError: an argument, a file or a missing package, in one sentence.
         TrainingDiverged: the loss is NaN or infinite; the weights of the last checkpoint are untouched.
     """
+    last = stages[-1]
+    if last.push_to_hub and os.environ.get("RANK", "0") == "0":  # now rather than after hours
+        name = last.hub_model_id or Path(last.output_dir).resolve().name
+        last.hub_model_id = prepare_repo(name, last.hub_token, last.hub_private_repo or None)
     folder = None
     for arguments in stages:
         folder = Path(arguments.output_dir)
@@ -352,7 +359,11 @@ class Trainer:
             save_psm(result, self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(f"`--output_dir` {self.folder}: the PSM cannot be written: {error}") from error
+        write_record(args, self.tower.tower, self.steps)
         if args.push_to_hub:
-            result.push_to_hub(
-                args.hub_model_id or self.folder.resolve().name, token=args.hub_token, private=args.hub_private_repo
+            publish(
+                self.folder,
+                args.hub_model_id or self.folder.resolve().name,
+                args.hub_token,
+                args.hub_private_repo or None,
             )
