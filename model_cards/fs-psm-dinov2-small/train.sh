@@ -30,3 +30,13 @@ fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/psm" --pretrain
 # 5. A mapper without a purifier, for the row FS+M.
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/mapper_only" --purifier none \
   --train_batch_size 16 --num_samples 1 --max_train_steps 400 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
+# 6. What is published: step 4 in pieces of at most 15 MB, and the tower by its id on the Hub.
+python - "$OUTPUT/psm" model_cards/fs-psm-dinov2-small <<'PY'
+import sys
+
+from fs_psm_hf import PSMModel
+
+psm = PSMModel.from_pretrained(sys.argv[1])
+psm.config.base_model_name_or_path = "facebook/dinov2-small"
+psm.save_pretrained(sys.argv[2], max_shard_size="15MB")
+PY
