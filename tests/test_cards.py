@@ -272,6 +272,23 @@ def test_all_results_are_rendered(folder):
     assert "at commit `abc`" in blocks(text)["attacks"]
 
 
+def test_utility_on_two_data_sets(folder):
+    """Each with its own words and results; one that `card.json` does not name is shown and not in the metadata."""
+    results = folder / "results"
+    (results / "clean_utility_flowers.json").write_text(json.dumps(UTILITY | {"images": 123, "chance": 0.01}))
+    text = blocks(render_card(folder))["clean-utility"]
+    assert text.count("| FS+PSM, σ = 0.25 |") == 2
+    assert "on 123 images that nobody attacked: 5 nearest others\nby cosine (chance: 1.0%)" in text
+    before = ModelCard(render_card(folder)).data.eval_results
+    edit(
+        results / "card.json",
+        lambda facts: facts["evaluation"].update(clean_utility_flowers={"type": "flowers", "name": "Flowers"}),
+    )
+    after = ModelCard(render_card(folder)).data.eval_results
+    added = [result for result in after if result.dataset_type == "flowers"]
+    assert len(after) - len(before) == len(added) == 4
+
+
 def test_settings_that_the_hub_would_merge_stay_apart(folder):
     """Results are grouped by task, data set, config and split; two attacks on one data set differ in none but the config."""
     (folder / "results" / "attacks.json").write_text(json.dumps(ATTACKS))

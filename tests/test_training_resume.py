@@ -323,7 +323,7 @@ def test_a_full_disk_while_the_result_is_written(root, tmp_path, capsys):
         assert command(*again) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"fs-psm train: `--output_dir` {out}: the PSM cannot be written: ")
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-1", "log.jsonl", "samples"]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-1", "log.jsonl", "results", "samples"]
     assert command(*again) == 0
     assert (out / "model.safetensors").read_bytes() == expected
     assert PSMModel.from_pretrained(out).purifier is not None
