@@ -225,8 +225,8 @@ def _check_file(folder, name, token):
                 )
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, "pt"):
-                pass
+            with safe_open(path, "pt") as stored:  # opening checks the header against the file's size
+                stored.keys()
         except SafetensorError as error:
             raise ValueError(f"`{name}` is a damaged safetensors file: {error}") from error
 

@@ -319,4 +319,5 @@ def test_a_psm_alone_is_small_and_reattaches(tmp_path):
     psm.save_pretrained(tmp_path)
     other = llava()
     attach(other, PSMModel.from_pretrained(tmp_path), sigma=0.2, num_samples=3, **STATISTICS)
+    assert same_weights(other, host)
     assert_same_logits(other, expected)

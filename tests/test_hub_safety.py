@@ -250,7 +250,7 @@ def named(model, name):
         ("openai/clip", "", None, False),
         (None, "openai/clip", None, False),
         ("model_cards/tiny-llava", "", "../../model_cards/tiny-llava", False),
-        ("model_cards/tiny-llava", "", "/work/other-llava", True),
+        ("model_cards/tiny-llava", "", "/models/other-llava", True),
         ("model_cards/tiny-llava", "", "", False),
         ("openai/clip-vit-large-patch14-336", "", "llava-hf/llava-1.5-7b-hf", False),
         ("llava-hf/llava-1.5-7b-hf", "", "/models/llava-1.5-13b-hf", False),

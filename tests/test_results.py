@@ -106,6 +106,8 @@ def test_the_tables_of_a_psm_are_the_measured_ones(name):
         for kind in ("plugin", "cdf"):
             radius = {row: values[kind]["mean_radius"] for row, values in rows.items() if kind in values}
             assert min(radius["FS+P+M"], radius["FS+P"]) > radius["FS"]
+            if name == "fs-psm-tiny-clip-cifar10":  # of the other, the README says that the mapper is not there yet
+                assert radius["FS+P+M"] > radius["FS+P"]
     utility = json.loads((CARDS / name / "results" / "clean_utility.json").read_text())
     assert format_rows(utility) in card
 
