@@ -24,12 +24,13 @@ fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/denoise2" --p
 fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/purifier" --pretrained_psm_name_or_path "$OUTPUT/denoise2" \
   --train_batch_size 8 --num_samples 1 --lambda_diff 0 --lambda_rb 1 --lambda_mse 1 \
   --max_train_steps 1000 --learning_rate 5e-4 --lr_warmup_steps 30
-# 4. The mapper behind it.
+# 4. The mapper behind it: one pass over the images at the paper's learning rate. More steps, or 1e-3, fit these images more
+# tightly and correct others too much.
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/psm" --pretrained_psm_name_or_path "$OUTPUT/purifier" \
-  --train_batch_size 16 --num_samples 1 --max_train_steps 500 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
+  --train_batch_size 16 --num_samples 1 --max_train_steps 300 --learning_rate 2e-4 --lr_warmup_steps 20 --weights_dtype bfloat16
 # 5. A mapper without a purifier, for the row FS+M.
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/mapper_only" --purifier none \
-  --train_batch_size 16 --num_samples 1 --max_train_steps 400 --learning_rate 1e-3 --lr_warmup_steps 20 --weights_dtype bfloat16
+  --train_batch_size 16 --num_samples 1 --max_train_steps 300 --learning_rate 2e-4 --lr_warmup_steps 20 --weights_dtype bfloat16
 # 6. What is published: step 4 in pieces of at most 15 MB, and the tower by its id on the Hub.
 python - "$OUTPUT/psm" model_cards/fs-psm-dinov2-small <<'PY'
 import sys
