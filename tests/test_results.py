@@ -121,6 +121,9 @@ def test_what_a_psm_buys_is_the_measured():
     readme = (ROOT / "README.md").read_text()
     assert format_table(table) in readme
     assert format_rows(json.loads((results / "clean_utility.json").read_text())) in readme
+    cifar = json.loads((results / "clean_utility_cifar10.json").read_text())["rows"]
+    for row in ("plain", "FS, σ = 0.25", "FS+PSM, σ = 0.25"):
+        assert f"{cifar[row]['plain_gallery']:.1%}" in readme
     ours, theirs = ({s: rows[row]["plugin"] for s, rows in table["rows"].items()} for row in ("FS+P+M", "FS+FFDNet"))
     ratio = ours["0.25"]["mean_radius"] / theirs["0.25"]["mean_radius"]
     assert ratio >= 1.3
