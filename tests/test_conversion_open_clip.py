@@ -307,6 +307,5 @@ def test_a_smoothed_tower_keeps_its_promise(projection, tmp_path):
         assert torch.equal(found[0], expected[0])
         assert all(torch.equal(a, b) for a, b in zip(found.hidden_states, expected.hidden_states, strict=True))
         tower = SmoothedVisionTower.from_components(model, None, sigma=1e-6, num_samples=2, processor=processor)
-        # Within 1e-4 of the outputs' size, which is not 1: the rounding of other processors is seen in larger features.
-        size = expected[0].abs().max().clamp(min=1).item()
-        torch.testing.assert_close(tower(x)[0], expected[0], rtol=0, atol=1e-4 * size)
+        # A fixed draw: values as large as 16 answer some draws of this noise with more than 1e-4.
+        torch.testing.assert_close(tower(x, generator=0)[0], expected[0], rtol=0, atol=1e-4)

@@ -24,8 +24,8 @@ fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/denoise2" --p
 fs-psm train --stage purifier "${common[@]}" --output_dir "$OUTPUT/purifier" --pretrained_psm_name_or_path "$OUTPUT/denoise2" \
   --train_batch_size 8 --num_samples 1 --lambda_diff 0 --lambda_rb 1 --lambda_mse 1 \
   --max_train_steps 1000 --learning_rate 5e-4 --lr_warmup_steps 30
-# 4. The mapper behind it: one pass over the images at the paper's learning rate. More steps, or 1e-3, fit these images more
-# tightly and correct others too much.
+# 4. The mapper behind it: one pass over the images at the paper's learning rate. (Before, 500 steps at 1e-3 made one that lost
+# at σ = 0.25: results/table5.json of commit 5b6226a.)
 fs-psm train --stage mapper "${common[@]}" --output_dir "$OUTPUT/psm" --pretrained_psm_name_or_path "$OUTPUT/purifier" \
   --train_batch_size 16 --num_samples 1 --max_train_steps 300 --learning_rate 2e-4 --lr_warmup_steps 20 --weights_dtype bfloat16
 # 5. A mapper without a purifier, for the row FS+M.
