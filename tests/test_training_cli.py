@@ -66,7 +66,7 @@ def test_values_of_the_paper():
     ("preset", "name", "feature", "layer", "first"),
     [
         ("llava-1.5", "openai/clip-vit-large-patch14-336", "tokens", -2, 1),
-        ("openflamingo", "openai/clip-vit-large-patch14", "tokens", -1, 1),
+        ("openflamingo", "openai/clip-vit-large-patch14", "tokens", None, None),
         ("clip-vit-large-patch14", "openai/clip-vit-large-patch14", "pooled", None, None),
         ("clip-vit-base-patch16", "openai/clip-vit-base-patch16", "pooled", None, None),
     ],
@@ -76,7 +76,9 @@ def test_presets(preset, name, feature, layer, first):
     for args in parse_arguments(least):
         assert (args.pretrained_model_name_or_path, args.feature) == (name, feature)
         assert (args.feature_layer, args.first_token) == (layer, first)
-    (args,) = parse_arguments([*least, *LEAST[4:], "--stage", "purifier", "--feature", "cls", "--feature_layer", "-3"])
+        assert args.post_layernorm is (preset == "openflamingo")
+    changed = ["--feature", "cls", "--feature_layer", "-3", "--post_layernorm", "false"]
+    (args,) = parse_arguments([*least, *LEAST[4:], "--stage", "purifier", *changed])
     assert (args.pretrained_model_name_or_path, args.feature, args.feature_layer) == ("tower", "cls", -3)
 
 
@@ -149,6 +151,7 @@ def test_an_own_number_without_a_point_is_read(tmp_path):
         (["--stage", "third"], "`--stage` must be one of purifier, mapper, both, got third"),
         (["--preset", "gpt"], "`--preset` must be one of llava-1.5, openflamingo"),
         (["--feature", "mean"], "`--feature` must be one of tokens, pooled, cls, got mean"),
+        (["--post_layernorm", "true", "--feature_layer", "-2"], "`--post_layernorm` must be given with `--feature` tokens and no"),
         (["--purifier", "vae"], "`--purifier` must be one of none, diffusion, unet, got vae"),
         (["--lr_scheduler", "wave"], "`--lr_scheduler` must be one of linear, cosine"),
         (["--lr_scheduler", "reduce_lr_on_plateau"], "`--lr_scheduler` must be one of linear, cosine"),

@@ -318,6 +318,48 @@ def test_a_recomputed_tower_keeps_less_and_has_the_same_gradient(kind):
     torch.testing.assert_close(found[True][1:], found[False][1:])
 
 
+@pytest.mark.parametrize("kind", ["clip", "projection"])
+def test_the_feature_of_an_openflamingo(kind):
+    """Patch tokens after the last LayerNorm, which transformers gives its class token only."""
+    model = vision_model(kind).eval()
+    smoothed = SmoothedVisionTower.from_components(model, image_mean=MEAN, image_std=STD)
+    tower = FrozenTower(smoothed, "tokens", post_layernorm=True)
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    pixels = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    states = model(pixels).last_hidden_state[:, 1:]
+    norm = getattr(model, "vision_model", model).post_layernorm
+    centred = states - states.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(tower.vector(tower.raw(images)), expected)
+    assert tower.num_prefix_tokens == 0
+    assert tower.width == expected.shape[-1]
+
+
+def test_a_psm_for_an_openflamingo(root, tmp_path):
+    """Its mapper refines patch tokens alone, and features on disk are not taken for those of another host."""
+    cache = {"center_crop": True, "feature_cache_dir": tmp_path / "cache", "max_train_steps": 2}
+    options = {"purifier": "none", "num_blocks": 1} | cache
+    train(root, tmp_path / "clip", "mapper", **options)
+    options["post_layernorm"] = "true"
+    train(root, tmp_path / "cached", "mapper", **options)
+    assert losses_of(tmp_path / "cached") != pytest.approx(losses_of(tmp_path / "clip"), rel=1e-3)
+    del options["feature_cache_dir"]
+    train(root, tmp_path / "flamingo", "mapper", **options)
+    assert losses_of(tmp_path / "cached") == pytest.approx(losses_of(tmp_path / "flamingo"), rel=1e-5)
+    config = PSMModel.from_pretrained(tmp_path / "flamingo").config
+    assert (config.mapper_feature, config.mapper_config["num_prefix_tokens"]) == ("tokens", 0)
+    assert PSMModel.from_pretrained(tmp_path / "clip").config.mapper_config["num_prefix_tokens"] == 1
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_a_tower_that_no_openflamingo_has_is_refused(kind):
+    smoothed = SmoothedVisionTower.from_components(vision_model(kind), image_mean=MEAN, image_std=STD)
+    with pytest.raises(
+        ValueError, match=f"`--post_layernorm` must be left out: {type(smoothed.vision_tower).__name__}"
+    ):
+        FrozenTower(smoothed, "tokens", post_layernorm=True)
+
+
 def test_a_large_psm_is_saved_in_pieces_and_replaces_the_one_before(tmp_path):
     """Pieces that no longer belong to it are gone, in the folder of both stages too."""
     small, large = psm_model(seed=1), psm_model(seed=2)

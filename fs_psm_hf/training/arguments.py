@@ -43,6 +43,9 @@ class PSMTrainingArguments:
     feature: str | None = _option(None, "feature whose cosine is trained: tokens (default), cls or pooled")
     feature_layer: int | None = _option(None, "hidden state the host reads (default: the last output, or the LLaVA's)")
     first_token: int | None = _option(None, "first token the host reads (default: 0, or the LLaVA's)")
+    post_layernorm: bool | None = _option(
+        None, "the host reads patch tokens after the tower's last LayerNorm, as OpenFlamingo does (default: no)"
+    )
     # The PSM
     pretrained_psm_name_or_path: str | None = _option(None, "PSM to start from; stage mapper: its purifier")
     purifier: str | None = _option(None, "kind of a new purifier: unet (default), diffusion, or none (stage mapper)")
@@ -158,7 +161,12 @@ class PSMTrainingArguments:
         if self.random_resize and self.center_crop:
             raise ValueError("`--random_resize` must not be given with `--center_crop`, which crops the whole image")
         self._fill(PRESETS[self.preset] if self.preset else {})
-        self._fill({"feature": "tokens"})
+        self._fill({"feature": "tokens", "post_layernorm": False})
+        if self.post_layernorm and (self.feature, self.feature_layer, self.first_token) != ("tokens", None, None):
+            raise ValueError(
+                "`--post_layernorm` must be given with `--feature` tokens and no `--feature_layer` or `--first_token`: it "
+                "is about the patch tokens of the last layer"
+            )
         if self.pretrained_model_name_or_path is None:
             raise ValueError("`--pretrained_model_name_or_path` or `--preset` must be given: the tower")
         if self.stage != "both":

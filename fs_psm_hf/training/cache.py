@@ -21,7 +21,8 @@ class FeatureCache:
 
     def __init__(self, folder, tower):
         self.tower = tower
-        name = hashlib.sha256(repr((sorted(describe(tower.tower).items()), tower.feature)).encode()).hexdigest()
+        about = (sorted(describe(tower.tower).items()), tower.feature, tower.post_layernorm)
+        name = hashlib.sha256(repr(about).encode()).hexdigest()
         self.folder = Path(folder) / name[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.found = 0

@@ -11,8 +11,7 @@ PRESETS = {
     "openflamingo": {
         "pretrained_model_name_or_path": "openai/clip-vit-large-patch14",
         "feature": "tokens",
-        "feature_layer": -1,
-        "first_token": 1,
+        "post_layernorm": True,
     },
     "clip-vit-large-patch14": {
         "pretrained_model_name_or_path": "openai/clip-vit-large-patch14",

@@ -62,15 +62,26 @@ class FrozenTower:
         tower ([`SmoothedVisionTower`]): without purifier and mapper; its `feature_layer` and `first_token` count.
         feature (`str`): `"tokens"`, `"cls"` or `"pooled"`, the feature whose cosine is trained.
         checkpointing (`bool`): keep of each block only its input for the backward pass, and compute the rest again there.
+        post_layernorm (`bool`): patch tokens alone, after the last LayerNorm of the wrapped model, as an OpenFlamingo
+            reads them; transformers' CLIP gives tokens before it.
 
     Raises:
         ValueError: the tower cannot do that.
     """
 
-    def __init__(self, tower, feature, checkpointing=False):
+    def __init__(self, tower, feature, checkpointing=False, post_layernorm=False):
         tower.requires_grad_(False).eval()
         tower._selection.check(feature)
-        self.tower, self.feature = tower, feature
+        self.tower, self.feature, self.post_layernorm = tower, feature, post_layernorm
+        self._norm = None
+        if post_layernorm:
+            model = getattr(tower.vision_tower, "vision_model", tower.vision_tower)  # of one with a projection
+            self._norm = getattr(model, "post_layernorm", None)
+            if self._norm is None or not tower._selection.has_class_token:
+                raise ValueError(
+                    "`--post_layernorm` must be left out: "
+                    f"{type(tower.vision_tower).__name__} is no CLIP with a class token and a `post_layernorm`"
+                )
         if checkpointing:
             _recompute_blocks(tower.vision_tower)
         self._options, whole = tower._selection.options(feature)
@@ -89,6 +100,8 @@ class FrozenTower:
     @property
     def num_prefix_tokens(self):
         """`int`: leading tokens that are no patches."""
+        if self._norm is not None:
+            return 0
         registers = getattr(self.tower.config.vision_config, "num_register_tokens", 0)
         return int(self.tower._selection.has_class_token) + registers
 
@@ -111,7 +124,8 @@ class FrozenTower:
         output = self._model(pixel_values=pixels, return_dict=True, **self._options)
         if self.feature == "pooled":
             return output[pooled_name(output)].float()
-        return self.tower._selection.tokens(output).float()
+        tokens = self.tower._selection.tokens(output)
+        return (tokens if self._norm is None else self._norm(tokens[:, 1:])).float()
 
     def vector(self, raw):
         """The feature of `feature`, out of what [`raw`] gave or the mapper made of it."""

@@ -33,9 +33,9 @@ from .validation import format_rows, sample_picture, save_picture, validate
 logger = logging.getLogger(__name__)
 # Arguments that a run must have in common with the one that made the checkpoint, to go on exactly.
 _SAME = (
-    "stage", "seed", "num_samples", "feature", "center_crop", "random_flip", "random_resize", "train_data_weights",
-    "lambda_diff", "lambda_rb", "lambda_mse", "lambda_stats", "lambda_id", "learning_rate", "lr_scheduler",
-    "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema",
+    "stage", "seed", "num_samples", "feature", "post_layernorm", "center_crop", "random_flip", "random_resize",
+    "train_data_weights", "lambda_diff", "lambda_rb", "lambda_mse", "lambda_stats", "lambda_id", "learning_rate",
+    "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema",
     "ema_max_decay",
 )  # fmt: skip
 
@@ -116,7 +116,7 @@ class Trainer:
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
         tower, processor = load_plain_tower(args, dtype)
         recompute = args.gradient_checkpointing and args.stage == "purifier"  # no gradient passes it in the other
-        self.tower = FrozenTower(tower.to(accelerator.device), args.feature, recompute)
+        self.tower = FrozenTower(tower.to(accelerator.device), args.feature, recompute, args.post_layernorm)
         # Not the tower's own `image_size`: DINOv2 was trained at 518 pixels and is given 224.
         self.resolution = args.resolution or served_size(processor)
         with accelerator.main_process_first() if args.dataset_name else nullcontext():
