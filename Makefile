@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
-.PHONY: .venv demo test test_gpu quality style clean
+.PHONY: .venv demo test test_gpu test-openflamingo quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +28,20 @@ test: .venv/.stamp
 test_gpu: .venv/.stamp
 	$(BIN)/python -m pytest -m gpu
 
+# The real OpenFlamingo, and open_clip itself. Both import torchvision, which must stay out of .venv, so they have an
+# environment of their own. open-flamingo comes without its requirements: they ask for torch 2.0.1.
+.venv-openflamingo/.stamp: pyproject.toml constraints.txt tests/openflamingo/constraints.txt
+	@echo "Setting up .venv-openflamingo (some minutes the first time)"
+	$(PYTHON) -m venv .venv-openflamingo
+	.venv-openflamingo/bin/python -m pip --disable-pip-version-check -qq install --constraint constraints.txt \
+		--constraint tests/openflamingo/constraints.txt torch torchvision pytest --editable '.[openflamingo]'
+	.venv-openflamingo/bin/python -m pip --disable-pip-version-check -qq install --no-deps open-flamingo==2.0.1
+	touch $@
+
+# One thread: on tiny models more of them only wait for each other.
+test-openflamingo: .venv-openflamingo/.stamp
+	OMP_NUM_THREADS=1 .venv-openflamingo/bin/python -m pytest -m "not slow and not gpu" tests/openflamingo tests/test_open_clip_itself.py
+
 quality: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,5 +52,5 @@ style: .venv/.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build dist demo.png
+	rm -rf .venv .venv-openflamingo .pytest_cache .ruff_cache build dist demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

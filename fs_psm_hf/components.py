@@ -1,5 +1,6 @@
 """The parts a smoothed tower is made of: what may be one, and how the wrapped vision model is built from its configuration."""
 
+import copy
 import logging
 import os
 from pathlib import Path
@@ -28,7 +29,11 @@ def build_vision_model(config):
     """
     if config.vision_architecture is None:
         return AutoModel.from_config(config.vision_config)
-    vision_class = getattr(transformers, config.vision_architecture, None)
+    # Imported here: few towers need it, and it brings two model files with it.
+    from .idefics_vision import OWN_VISION_CLASSES
+
+    name = config.vision_architecture
+    vision_class = OWN_VISION_CLASSES.get(name) or getattr(transformers, name, None)
     if not isinstance(vision_class, type) or not issubclass(vision_class, PreTrainedModel):
         raise ValueError(
             f"`vision_architecture` must be a model class of transformers, got {config.vision_architecture!r}"
@@ -62,8 +67,21 @@ def check_vision_model(vision_tower):
     """Raise `TypeError` unless it is a transformers model, `ValueError` unless its weights are in memory."""
     if not isinstance(vision_tower, PreTrainedModel):
         raise TypeError(f"`vision_tower` must be a transformers PreTrainedModel, got {type(vision_tower).__name__}")
-    if vision_tower.device.type == "meta":
+    if any(parameter.device.type == "meta" for parameter in vision_tower.parameters()):
         raise ValueError("`vision_tower` must be in memory, got one that is offloaded: smooth it, save it and reload")
+
+
+def placed(psm, device, dtype=None):
+    """A PSM, or a purifier of the user's, on a device and in a dtype: itself, or a copy where another tower has it elsewhere.
+
+    Moving a module moves it for everybody, and a second tower must not change what the first one serves.
+    """
+    fits = all(p.device == device and (dtype is None or p.dtype == dtype) for p in psm.parameters())
+    if not fits:
+        psm = copy.deepcopy(psm) if getattr(psm, "_is_in_a_tower", False) else psm
+        psm.to(device=device, dtype=dtype)
+    psm._is_in_a_tower = True
+    return psm
 
 
 def check_psm(psm, vision_tower):

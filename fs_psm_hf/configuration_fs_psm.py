@@ -22,6 +22,7 @@ _VISION_FIELDS = (
     "num_attention_heads",
     "intermediate_size",
     "projection_dim",
+    "layer_norm_eps",
     "tie_last_hidden_states",
 )
 

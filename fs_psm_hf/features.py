@@ -8,6 +8,8 @@ from .smoothing import vector_norm
 
 
 FEATURES = ("tokens", "pooled", "cls")
+# Beginnings of the `model_type` of vision models whose first token is a patch like the others.
+_NO_CLASS_TOKEN = ("siglip", "pixtral", "idefics2", "idefics3", "smolvlm", "clip_patch_tokens")
 
 
 def pooled_name(output):
@@ -58,6 +60,7 @@ class FeatureSelection:
             raise ValueError(
                 f"`feature_layer` must be in [{-count - 1}, {count}] for a tower of {count} layers, got {given}"
             )
+        layers = tuple(i % (count + 1) for i in layers)
         psm = config.psm_config
         mapped = None if psm.mapper_config is None else psm.mapper_feature
         width, mapper_width = config.hidden_size * max(1, len(layers)), (psm.mapper_config or {}).get("hidden_size")
@@ -65,9 +68,12 @@ class FeatureSelection:
             raise ValueError(
                 f"`mapper_config['hidden_size']` must be {width}, the width of the tower's feature, got {mapper_width}"
             )
-        # SigLIP's encoder is the one without a class token among those that are wrapped by name.
-        has_class_token = not config.vision_config.model_type.startswith("siglip")
-        return cls(tuple(i % (count + 1) for i in layers), count, config.first_token, mapped, has_class_token)
+        if mapped == "tokens" and len(set(layers)) < len(layers):
+            raise ValueError(
+                f"`feature_layer` must name each layer once where a mapper refines the tokens, got {given}"
+            )
+        has_class_token = not config.vision_config.model_type.startswith(_NO_CLASS_TOKEN)
+        return cls(layers, count, config.first_token, mapped, has_class_token)
 
     @property
     def restricted(self):

@@ -1,41 +1,14 @@
 """Put a smoothed tower into a host model in place of its own, and take it out again."""
 
-from dataclasses import dataclass
-
+from . import openflamingo, zero_shot
 from .components import warn_of_another_base
+from .host_kinds import HOSTS, OWN_CLASS_HOSTS, REFUSED, describing_configs, find_tower
+from .idefics_vision import IdeficsVisionModel
 from .modeling_fs_psm import SmoothedVisionTower
+from .packed import is_packed
 
 
-@dataclass(frozen=True)
-class HostKind:
-    """Where a family of hosts keeps its tower and says which feature it reads.
-
-    Args:
-        holder (`str`): attribute that leads from the host to the module with `vision_tower`; empty where it is the host.
-        layer_field (`str`): configuration field with the feature layer or layers.
-        strategy_field (`str`): configuration field that is `"default"` where the class token is dropped.
-    """
-
-    holder: str
-    layer_field: str
-    strategy_field: str
-
-
-HOSTS = {"llava": HostKind("model", "vision_feature_layer", "vision_feature_select_strategy")}
-
-
-def _locate(host):
-    """The kind of host, the module that holds the tower, and every configuration that describes the tower."""
-    model_type = getattr(getattr(host, "config", None), "model_type", None)
-    kind = HOSTS.get(model_type)
-    if kind is None:
-        given = type(host).__name__ if model_type is None else f"{type(host).__name__} (model_type {model_type!r})"
-        raise ValueError(f"`host` must be a model of type {', '.join(sorted(HOSTS))}, got {given}")
-    holder = host if hasattr(host, "vision_tower") else getattr(host, kind.holder, None)
-    if not hasattr(holder, "vision_tower"):
-        raise ValueError(f"`host` must have a vision tower, got {type(host).__name__} without one")
-    configs = [host.config] if holder.config is host.config else [host.config, holder.config]
-    return kind, holder, configs
+__all__ = ["HOSTS", "OWN_CLASS_HOSTS", "REFUSED", "attach", "detach"]
 
 
 def attach(
@@ -53,13 +26,16 @@ def attach(
 ):
     """Replace the vision tower of `host`, in place, by its smoothed version.
 
-    The host's projector and language model are untouched; its configuration describes the new tower, so the whole
-    model saves and reloads by its own class after `import fs_psm_hf`. The PSM is moved to the tower's device and
-    dtype (a purifier of yours to the device only) and frozen. One that remembers another base model than this host or its
-    tower is taken with a warning.
+    The host's projector and language model are untouched. Where the host builds its tower with `AutoModel`
+    (`HOSTS`), its configuration describes the new tower, so the whole model saves and reloads by its own class after
+    `import fs_psm_hf`. A host that constructs a class of its own (`OWN_CLASS_HOSTS`) refuses to be saved until `detach`:
+    save the host, and `tower.psm` or the tower, apart. The PSM is moved to the tower's device and dtype (a purifier of
+    yours to the device only) and frozen; where another tower uses it in another dtype or place, a copy is. One that
+    remembers another base model than this host or its tower is taken with a warning.
 
     Args:
-        host (`PreTrainedModel`): a `LlavaForConditionalGeneration` or `LlavaModel`.
+        host (`PreTrainedModel`): a vision-language model of `HOSTS` or `OWN_CLASS_HOSTS`, with its language model head or
+            without; an OpenFlamingo `Flamingo`; a CLIP-like classifier ([`attach_clip`]).
         psm ([`PSMModel`], `torch.nn.Module` or `None`): as in [`SmoothedVisionTower.from_components`].
         feature_layer (`int` or `list[int]`, *optional*): the layer or layers the host reads; its own configuration says
             which, so there is no need to give them.
@@ -73,38 +49,50 @@ def attach(
     Raises:
         ValueError: an unsupported or already smoothed host, or a setting that does not fit; the host is unchanged.
     """
-    kind, holder, configs = _locate(host)
-    tower = holder.vision_tower
+    settings = {"sigma": sigma, "num_samples": num_samples, "image_mean": image_mean, "image_std": image_std}
+    settings |= {"processor": processor, "max_batch_size": max_batch_size, "aggregation": aggregation}
+    if openflamingo.is_flamingo(host):
+        return openflamingo.attach_flamingo(host, psm, feature_layer=feature_layer, **settings)
+    if zero_shot.is_clip_host(host):
+        return zero_shot.attach_clip(host, psm, feature_layer=feature_layer, **settings)
+    kind, holder, attribute, tower = find_tower(host)
+    configs = describing_configs(host, holder)
     if isinstance(tower, SmoothedVisionTower):
         raise ValueError(
             "`host` must have a plain vision tower, got one that is smoothed already: `detach(host)` first"
         )
-    own_layer = getattr(host.config, kind.layer_field)
-    if feature_layer is not None and feature_layer != own_layer:
-        raise ValueError(f"`feature_layer` must be the one the host reads, {own_layer}, got {feature_layer}")
+    _check_whole(kind, host, holder)
+    _check_described(tower, configs)
+    own_layer, first_token = kind.feature_layer(host.config), kind.first_token(host.config)
+    if feature_layer is not None and _as_list(feature_layer) != _as_list(own_layer):
+        own = "its last output (None)" if own_layer is None else own_layer
+        raise ValueError(f"`feature_layer` must be the one the host reads, {own}, got {feature_layer}")
+    if first_token and is_packed(tower.config):
+        raise ValueError(
+            f"`{kind.strategy}` must be 'full' for a {tower.config.model_type} tower, which has no class token, got 'default'"
+        )
     training, own_name = tower.training, tower.config.name_or_path
     smoothed = SmoothedVisionTower.from_components(
-        tower,
+        IdeficsVisionModel.around(tower) if kind.wraps_bare_module else tower,
         psm,
-        sigma=sigma,
-        num_samples=num_samples,
         feature_layer=own_layer,
-        first_token=int(getattr(host.config, kind.strategy_field) == "default"),
-        image_mean=image_mean,
-        image_std=image_std,
-        processor=processor,
-        max_batch_size=max_batch_size,
-        aggregation=aggregation,
+        first_token=first_token,
+        **settings,
     )
     if not own_name:  # it came with the host
         warn_of_another_base(psm, host.config.name_or_path)
     smoothed.psm.requires_grad_(False)
-    holder.vision_tower = smoothed
-    for config in configs:
-        config.vision_config = smoothed.config
+    setattr(holder, attribute, smoothed)
     smoothed._tower_training = training
-    # Renamings remembered from an older checkpoint would be applied to the new tower's keys when the host is saved.
-    smoothed._host_conversions = host.__dict__.pop("_weight_conversions", None)
+    smoothed._host_conversions = None
+    for config in configs:
+        if kind.unsavable is None:
+            config.vision_config = smoothed.config
+        else:
+            _refuse_saving(config, kind.unsavable)
+    if kind.unsavable is None:
+        # Renamings remembered from an older checkpoint would be applied to the new tower's keys when the host is saved.
+        smoothed._host_conversions = host.__dict__.pop("_weight_conversions", None)
     return smoothed
 
 
@@ -112,19 +100,91 @@ def detach(host):
     """Put the wrapped vision tower back, bit for bit, and describe it in the host's configuration again.
 
     Returns:
-        `PreTrainedModel`: the plain vision tower, which is also in its place in the host.
+        `torch.nn.Module`: the plain vision tower, which is also in its place in the host.
 
     Raises:
-        ValueError: an unsupported host, or one whose tower is not smoothed.
+        ValueError: an unsupported host, or one whose tower is not smoothed; the host is unchanged.
     """
-    _, holder, configs = _locate(host)
-    smoothed = holder.vision_tower
+    if openflamingo.is_flamingo(host):
+        return openflamingo.detach_flamingo(host)
+    if zero_shot.is_clip_host(host):
+        return zero_shot.detach_clip(host)
+    kind, holder, attribute, smoothed = find_tower(host)
     if not isinstance(smoothed, SmoothedVisionTower):
         raise ValueError(f"`host` must have a smoothed vision tower, got a {type(smoothed).__name__}")
-    holder.vision_tower = smoothed.vision_tower.train(getattr(smoothed, "_tower_training", False))
+    conversions = getattr(smoothed, "_host_conversions", None)
+    if conversions is not None and holder is host:
+        raise ValueError(
+            f"`host` must be the whole model that `attach` was given, got the {type(host).__name__} inside it: how its "
+            "checkpoint named the weights is to be put back there"
+        )
+    tower = smoothed.vision_tower.train(getattr(smoothed, "_tower_training", False))
+    tower = tower.model if kind.wraps_bare_module else tower
+    setattr(holder, attribute, tower)
+    for config in describing_configs(host, holder):
+        if kind.unsavable is None:
+            config.vision_config = smoothed.config.vision_config
+        else:
+            _allow_saving(config)
+    if kind.unsavable is None:
+        host.__dict__.pop("_weight_conversions", None)
+    if conversions is not None:
+        host._weight_conversions = conversions
+    return tower
+
+
+def _as_list(layers):
+    return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+
+
+def _check_whole(kind, host, holder):
+    """Refuse the inner part of a loaded host: the whole remembers renamings of keys that would spoil it when it is saved."""
+    loaded = host.config.name_or_path and "_weight_conversions" not in host.__dict__
+    if kind.unsavable is None and holder is host and loaded:
+        raise ValueError(
+            f"`host` must be the whole model that was loaded, got the {type(host).__name__} inside it, without which the "
+            "smoothed tower would be saved under names that cannot be loaded"
+        )
+
+
+def _check_described(tower, configs):
+    """Refuse a tower that was exchanged for one of another shape: the host's prompts and projector are made for the first."""
+    fields = ("image_size", "patch_size", "hidden_size")
+
+    def shape(config):
+        values = (getattr(config, name, None) for name in fields)
+        return [list(value) if isinstance(value, tuple) else value for value in values]
+
+    found = shape(tower.config)
     for config in configs:
-        config.vision_config = smoothed.config.vision_config
-    host.__dict__.pop("_weight_conversions", None)
-    if getattr(smoothed, "_host_conversions", None) is not None:
-        host._weight_conversions = smoothed._host_conversions
-    return holder.vision_tower
+        expected = shape(config.vision_config)
+        if found != expected:
+            raise ValueError(
+                f"`host` must have the vision tower that its configuration describes, of {', '.join(fields)} {expected}, got "
+                f"{found}: the number and width of its image tokens would no longer fit"
+            )
+
+
+# A host that constructs its own vision class would be saved in a way that its class loads as a plain one with random weights.
+# The refusal stands in the configuration, the one object that `host` and `host.model` share.
+
+
+def _refuse_saving(config, reason):
+    def refused(self, *args, **kwargs):
+        raise ValueError(
+            f"`host` ({self.model_type}) cannot be saved with its tower smoothed, because {reason}: save the tower, or "
+            "`tower.psm`, by itself, and the host after `detach(host)`"
+        )
+
+    plain = type(config)
+    fields = {
+        "save_pretrained": refused,
+        "push_to_hub": refused,
+        "_plain_class": plain,
+        "__module__": plain.__module__,
+    }
+    config.__class__ = type(plain.__name__, (plain,), fields)
+
+
+def _allow_saving(config):
+    config.__class__ = getattr(type(config), "_plain_class", type(config))

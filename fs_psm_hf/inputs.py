@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from .certification import Classifier
 from .configuration_fs_psm import SmoothedVisionTowerConfig
-from .hosts import HOSTS, attach
+from .host_kinds import find_tower, is_host
+from .hosts import attach
 from .loading import load_strictly
 from .modeling_fs_psm import SmoothedVisionTower
 from .modeling_psm import PSMModel
@@ -74,9 +75,9 @@ def load_tower(name, psm_name=None, processor_name=None, sigma=None, num_samples
     host = None
     if config.model_type == SmoothedVisionTowerConfig.model_type:
         tower = SmoothedVisionTower.from_pretrained(name, **precision)
-    elif config.model_type in HOSTS:
+    elif is_host(config):
         host = load(transformers.AutoModelForImageTextToText)
-        tower = host.model.vision_tower
+        tower = find_tower(host).tower
     elif config.model_type == "siglip":
         tower = load(transformers.SiglipVisionModel, ("text_model.", "logit_"))
     elif config.model_type == "clip":

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from transformers import PreTrainedModel
 
-from .components import architecture_name, build_vision_model, check_psm, check_vision_model, is_own_purifier
+from .components import architecture_name, build_vision_model, check_psm, check_vision_model, is_own_purifier, placed
 from .configuration_fs_psm import (
     OWN_PURIFIER,
     PSMConfig,
@@ -13,16 +13,18 @@ from .configuration_fs_psm import (
     check_feature,
     check_smoothing,
 )
+from .feature_cache import RemembersFeatures
 from .features import FeatureSelection, unit_vector
 from .loading import StrictLoading
 from .modeling_psm import NO_SPLIT_MODULES, PSMModel
-from .noise import gaussian_noise, resolve_image_ids, resolve_seed
-from .pixels import channel_tensor, check_pixel_values, check_statistics, from_unit, read_statistics, to_unit
-from .smoothing import RunningFeature, default_batch_size, plan_passes
-from .truncation import truncated
+from .noise import resolve_image_ids, resolve_seed
+from .packed import PackedFeature, check_unpadded
+from .passes import Passes
+from .pixels import check_pixel_values, check_statistics, read_statistics
+from .smoothing import RunningFeature
 
 
-class SmoothedVisionTower(StrictLoading, PreTrainedModel):
+class SmoothedVisionTower(Passes, RemembersFeatures, StrictLoading, PreTrainedModel):
     """A vision tower replaced by its Gaussian average (paper eq. 3), behind a purifier and before a mapper (eq. 14).
 
     Called like the tower it wraps and answering with the same output class. Every tensor of the answer is smoothed:
@@ -71,8 +73,8 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
     ):
         """Assemble a tower from a vision model and a PSM; no weight is copied.
 
-        The PSM is moved to the vision model's device and dtype, a purifier of yours to its device only. A PSM that
-        remembers another base model than this one is taken with a warning.
+        The PSM is moved to the vision model's device and dtype, a purifier of yours to its device only; one that another
+        tower uses elsewhere stays there, and this tower gets a copy. A PSM that remembers another base model than this one is taken with a warning.
 
         Args:
             vision_tower (`PreTrainedModel`): a CLIP-like vision model, called with `pixel_values`.
@@ -122,9 +124,9 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         tower.vision_tower = vision_tower
         if isinstance(psm, PSMModel):
             # One dtype, which is what a saved tower can remember.
-            tower.psm = psm.to(device=vision_tower.device, dtype=vision_tower.dtype)
+            tower.psm = placed(psm, vision_tower.device, vision_tower.dtype)
         elif own_purifier:
-            tower.psm.purifier = psm.to(vision_tower.device)
+            tower.psm.purifier = placed(psm, vision_tower.device)
             # A configuration that says so, so that no copy of this model, in a host or not, reloads without it.
             tower.config.psm_config = tower.psm.config = PSMConfig(purifier=OWN_PURIFIER)
         tower.config.dtype = vision_tower.dtype
@@ -172,103 +174,34 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             for name, value in before.items():
                 setattr(self.config, name, value)
 
-    def compile(self, *args, **kwargs):
-        """`torch.compile` of one pass (noise to features); the loop around it stays Python and its shapes stay fixed."""
-        self._compiled_pass = torch.compile(self._network, *args, **kwargs)
-        return self
+    @property
+    def sigma(self):
+        """σ, in [0, 1] pixels: that of the configuration, checked when it is set."""
+        return self.config.sigma
+
+    @sigma.setter
+    def sigma(self, value):
+        check_smoothing(value, self.config.num_samples, self.config.max_batch_size)
+        self.config.sigma = value
 
     @property
-    def _selection(self):
-        # Follows the configuration, and is one object while that stays, which torch.compile needs.
-        selection = FeatureSelection.of(self.config)
-        if selection != self._last_selection:
-            self._last_selection = selection
-        return self._last_selection
+    def num_samples(self):
+        """n₀: that of the configuration, checked when it is set."""
+        return self.config.num_samples
+
+    @num_samples.setter
+    def num_samples(self, value):
+        check_smoothing(self.config.sigma, value, self.config.max_batch_size)
+        self.config.num_samples = value
+
+    @property
+    def patch_size(self):
+        """The wrapped tower's, which hosts of a Pixtral ask for."""
+        return self.config.patch_size
 
     def serves(self, feature):
         """Whether the host is given this very feature (`"tokens"`, `"pooled"` or `"cls"`), or only a part of it."""
         return self._selection.serves(feature)
-
-    # One pass ---------------------------------------------------------------------------------------------------------
-
-    def _model(self, whole):
-        """The wrapped tower: the `whole` of it, or cut after the last feature layer where nothing behind it is needed."""
-        depth = self._selection.depth
-        if whole or depth is None:
-            return self.vision_tower
-        # Kept, so that torch.compile sees one object; made again for another layer, or where a block was exchanged
-        # (adapters, for one).
-        parts = depth, *(id(module) for module in self.vision_tower.modules())
-        if self._short is None or self._short[0] != parts:
-            self._short = parts, truncated(self.vision_tower, depth)
-        return self._short[1]
-
-    def _network(self, model, images, noise, num_samples, sigma, statistics, selection, options, raw=False):
-        """Purifier, wrapped tower and mapper on the noisy copies of some images.
-
-        Args:
-            model (`PreTrainedModel`): from `_model`.
-            images (`torch.Tensor` of shape `(b, 3, height, width)`): in [0, 1] with a purifier, normalised without.
-            noise (`torch.Tensor` of shape `(b * num_samples, 3, height, width)` or `None`): unit noise, overwritten.
-            statistics (pair of `torch.Tensor` of shape `(3, 1, 1)`): mean and standard deviation of the normalisation.
-            selection ([`FeatureSelection`]): what the mapper refines.
-            options (`dict`): further arguments of the wrapped tower.
-            raw (`bool`): the wrapped tower alone, neither purifier nor mapper, on normalised images.
-
-        Returns:
-            The wrapped tower's output class for `b * num_samples` images.
-        """
-        mean, std = statistics
-        purified = self.psm.purifier is not None and not raw
-        copies = images[:, None].expand(-1, num_samples, -1, -1, -1)  # (b, n, 3, H, W)
-        if noise is None:
-            pixels = copies.flatten(0, 1)  # (b*n, 3, H, W)
-        else:
-            # Noise of σ in [0, 1] pixels is σ / std in normalised ones, where the tower without a purifier lives.
-            scale = sigma if purified else sigma / std
-            pixels = noise.mul_(scale).view(copies.shape).add_(copies).flatten(0, 1)
-        if purified:
-            purified_pixels = self.psm(pixels, sigma)
-            pixels = from_unit(purified_pixels, mean.to(purified_pixels), std.to(purified_pixels))
-        output = model(pixel_values=pixels.to(self.vision_tower.dtype), return_dict=True, **options)
-        if self.psm.mapper is not None and not raw:
-            selection.refine(output, self.psm.mapper, sigma)
-        return output
-
-    def _limit(self, pixel_values):
-        """Most noisy images in one pass."""
-        return self.config.max_batch_size or default_batch_size(*pixel_values.shape[2:], pixel_values.device)
-
-    def _statistics(self, images):
-        return channel_tensor(self.config.image_mean, images), channel_tensor(self.config.image_std, images)
-
-    def _passes(self, model, selection, pixel_values, options, seed, image_ids, sigma, samples, limit):
-        """Run every pass of a call.
-
-        Args:
-            samples (`range`): numbers of the draws of each image.
-            limit (`int`): most noisy images in one pass.
-
-        Yields:
-            `tuple[slice, ModelOutput]`: the images of the pass and the wrapped tower's answer for their draws.
-        """
-        batch_size, shape = len(pixel_values), tuple(pixel_values.shape[1:])
-        images = pixel_values.float()
-        statistics = self._statistics(images)
-        if self.psm.purifier is not None:
-            images = to_unit(images, *statistics)
-        network = self._compiled_pass or self._network
-        for chosen, numbers in plan_passes(batch_size, len(samples), limit, samples.start):
-            count, noise = len(numbers), None
-            if sigma > 0:
-                noise = gaussian_noise(shape, seed, image_ids[chosen], numbers.start, count, pixel_values.device)
-            repeated = {
-                name: value[chosen].repeat_interleave(count, 0)
-                if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch_size
-                else value
-                for name, value in options.items()
-            }
-            yield chosen, network(model, images[chosen], noise, count, sigma, statistics, selection, repeated)
 
     # Called by hosts --------------------------------------------------------------------------------------------------
 
@@ -298,6 +231,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
                 where not given.
             kwargs:
                 For the wrapped tower. Tensors with `batch_size` rows are repeated with the images.
+                `image_sizes` tells a Pixtral where its padded images end; each is smoothed at its own size (`packed.py`).
 
         Returns:
             The wrapped tower's output class. Directions are those of the mean unit feature, lengths the mean length of
@@ -308,25 +242,41 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             ValueError: another shape, NaN or Inf, or an output that is not smoothed was asked for.
         """
         check_pixel_values(pixel_values)
-        sigma, num_samples = self.config.sigma, self.config.num_samples
-        check_smoothing(sigma, num_samples, self.config.max_batch_size)
+        settings = self._settings()
         states = self._requested_states(output_hidden_states, output_attentions)
         options = kwargs if states is None else kwargs | {"output_hidden_states": states}
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
-        selection, unit = self._selection, self.config.aggregation == "unit"
+        own_noise = generator is not None or image_ids is not None
+
+        def smooth(images, options):
+            return self._smooth(settings, seed, ids[: len(images)], images, options)
+
+        output = self._remembered(smooth, settings, pixel_values, options, own_noise)
+        return output.to_tuple() if return_dict is False else output
+
+    def _settings(self):
+        """What a call is computed with, read once: another thread may change a setting meanwhile."""
+        config = self.config
+        check_smoothing(config.sigma, config.num_samples, config.max_batch_size)
+        statistics = tuple(config.image_mean), tuple(config.image_std)
+        return config.sigma, config.num_samples, config.aggregation == "unit", self._selection, statistics
+
+    def _smooth(self, settings, seed, image_ids, pixel_values, options):
+        """The wrapped tower's output class, of the means over the draws of every image."""
+        sigma, num_samples, unit, selection, statistics = settings
         model, limit = self._model(whole=not selection.restricted), self._limit(pixel_values)
         running, template = {}, None
         for images, output in self._passes(
-            model, selection, pixel_values, options, seed, ids, sigma, range(num_samples), limit
+            model, selection, pixel_values, options, seed, image_ids, sigma, range(num_samples), limit, statistics
         ):
             template = output
             for place, tensors in selection.collect(output).items():
                 if place not in running:
                     first_token = selection.first_token_of(place)
-                    running[place] = RunningFeature(len(pixel_values), num_samples, unit, first_token)
+                    kind = PackedFeature if self._is_packed else RunningFeature
+                    running[place] = kind(len(pixel_values), num_samples, unit, first_token)
                 running[place].add(images, tensors)
-        output = selection.rebuild(template, {place: mean.result(self.dtype) for place, mean in running.items()})
-        return output.to_tuple() if return_dict is False else output
+        return selection.rebuild(template, {place: mean.result(self.dtype) for place, mean in running.items()})
 
     def _requested_states(self, output_hidden_states, output_attentions):
         """What to ask of the wrapped tower as `output_hidden_states`; `None` leaves it to its own configuration."""
@@ -339,13 +289,16 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         if output_hidden_states is not None and not isinstance(output_hidden_states, bool):
             asked = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
             count = selection.num_layers + 1
-            other = [i for i in asked if not -count <= i < count or i % count not in selection.layers]
+            # Hosts of these ask for the last state and read the last output: they are given the latter alone.
+            asks_in_vain = self.config.vision_config.model_type.startswith(("internvl", "qianfan_ocr"))
+            allowed = selection.layers or ((selection.num_layers,) if asks_in_vain else ())
+            other = [i for i in asked if not -count <= i < count or i % count not in allowed]
             if other:
                 own = f"`feature_layer={self.config.feature_layer}`" if selection.layers else "the mapped last output"
                 raise ValueError(
                     f"`output_hidden_states` asks for layer {other[0]}, but this tower smooths only {own}"
                 )
-        return list(selection.layers) or None
+        return sorted(set(selection.layers)) or None
 
     # Called by certification ------------------------------------------------------------------------------------------
 
@@ -384,6 +337,8 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             ValueError: another shape, NaN or Inf, a setting out of range, or a feature this tower does not have.
         """
         check_pixel_values(pixel_values)
+        if self._is_packed:
+            check_unpadded(pixel_values)
         check_smoothing(self.config.sigma, num_samples, self.config.max_batch_size)
         self._selection.check(feature, per_token)
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
@@ -391,6 +346,7 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
         options, whole = selection.options(feature)
         setting = {"model": self._model(whole), "selection": selection, "options": options, "seed": seed}
         setting |= {"sigma": self.config.sigma, "limit": self._limit(pixel_values)}
+        setting |= {"statistics": (self.config.image_mean, self.config.image_std)}
         unit = {"center": center, "per_token": per_token}
         return self._stream(pixel_values, ids, range(start, start + num_samples), feature, unit, setting)
 
@@ -417,10 +373,15 @@ class SmoothedVisionTower(StrictLoading, PreTrainedModel):
             `torch.Tensor` of shape `(batch_size, F)`, or `(batch_size, tokens, width)` with `per_token`, float32.
         """
         check_pixel_values(pixel_values)
+        if self._is_packed:
+            check_unpadded(pixel_values)
         self._selection.check(feature, per_token)
         options, whole = self._selection.options(feature)
         images = pixel_values.float()
         selection, statistics = self._selection, self._statistics(images)
-        output = self._network(self._model(whole), images, None, 1, 0.0, statistics, selection, options, raw=True)
+        canvas = tuple(images.shape[2:]) if self._is_packed else None
+        (output,) = self._network(
+            self._model(whole), [images], [None], 1, 0.0, statistics, selection, options, raw=True, canvas=canvas
+        )
         vector = selection.vector(output, feature)
         return unit_vector(vector, center, per_token) if unit else vector.flatten(1)

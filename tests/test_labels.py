@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import ndtri
-from tiny_models import images, psm_model, smoothed_tower
+from tiny_models import images, llava, psm_model, smoothed_tower, vision_model
 from torch import nn
 
 from fs_psm_hf import certify_features, certify_labels, certify_scores
@@ -112,6 +112,38 @@ def test_a_head_with_a_bias():
     sure = certify_labels(tower, pixels, head=head, num_samples=800, generator=3)
     assert [c.label for c in sure] == [3, 3]
     assert all(math.isinf(c.radius) for c in sure)
+
+
+def test_homogeneous_coordinates_carry_the_bias():
+    head = nn.Linear(WIDTH, 4)
+    classifier, features = Classifier.of(head=head), texts().double()
+    lifted = classifier.homogeneous()
+    assert lifted.bias is None
+    assert torch.equal(
+        lifted.logits(torch.cat([features, torch.ones(5, 1)], -1)).argmax(-1), classifier.logits(features).argmax(-1)
+    )
+    # At any positive length.
+    longer = 7 * torch.cat([features, torch.ones(5, 1)], -1)
+    assert torch.allclose(lifted.logits(longer), 7 * classifier.logits(features))
+    unbiased = Classifier.of(texts()).homogeneous()
+    assert torch.equal(unbiased.weight[:, :-1], texts().double())
+    assert not unbiased.weight[:, -1].any()
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (vision_model(), ValueError, "or a model that has one, got CLIPVisionModel, a plain one: `attach"),
+        (llava(), ValueError, "got LlavaForConditionalGeneration, a plain one"),
+        (nn.ModuleList([smoothed_tower("projection"), smoothed_tower("projection")]), ValueError, "ModuleList, one with 2"),
+        ("clip", TypeError, "`tower` must be a SmoothedVisionTower or a model that has one, got str"),
+    ],
+)  # fmt: skip
+def test_a_model_without_its_one_tower_is_refused(model, error, message):
+    for certify in (lambda: certify_labels(model, images(1), texts()), lambda: certify_features(model, images(1))):
+        with pytest.raises(error, match=message) as caught:
+            certify()
+        assert "\n" not in str(caught.value)
 
 
 def test_an_undecided_label_abstains():

@@ -122,6 +122,33 @@ class ScoreDraws(Draws):
         return ((1.0 + super().take(num_samples)) / 2.0).T
 
 
+def served_tower(model):
+    """The smoothed tower in `model`, and the feature that is read from it.
+
+    Args:
+        model ([`SmoothedVisionTower`] or `torch.nn.Module`): the tower itself, or a model that one was attached to.
+
+    Returns:
+        `tuple[SmoothedVisionTower, str]`: the tower, and `"pooled"` where a classifier reads its embedding, else `"tokens"`.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+        ValueError: there is no smoothed tower in it, or more than one.
+    """
+    if hasattr(model, "sample_features"):
+        return model, "tokens"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`tower` must be a SmoothedVisionTower or a model that has one, got {type(model).__name__}")
+    towers = [module for module in model.modules() if hasattr(module, "sample_features")]
+    if len(towers) != 1:
+        given = "a plain one: `attach(host, psm, ...)` first" if not towers else f"one with {len(towers)}"
+        raise ValueError(
+            f"`tower` must be a SmoothedVisionTower or a model that has one, got {type(model).__name__}, {given}"
+        )
+    readers = [module for module in model.modules() if getattr(module, "tower", None) is towers[0]]
+    return towers[0], getattr(readers[0], "feature", "tokens") if readers else "tokens"
+
+
 def check_certifiable(tower, pixel_values):
     """Raise `ValueError` unless a certificate of this tower on these images would mean what it says."""
     check_pixel_values(pixel_values)
@@ -225,7 +252,7 @@ def certify_features(
     alpha: float = 1e-3,
     method: str = "cdf",
     anchor="clean",
-    feature: str = "tokens",
+    feature: str | None = None,
     per_token: bool = False,
     center=None,
     level: float = 0.5,
@@ -244,8 +271,8 @@ def certify_features(
     features at the tower's `sigma`; its `deployed` part is about the mean of the tower's `num_samples` draws.
 
     Args:
-        tower ([`SmoothedVisionTower`]): in evaluation mode, with `sigma > 0` and `aggregation="unit"`, in the very dtype
-            it is served in.
+        tower ([`SmoothedVisionTower`] or `PreTrainedModel`): in evaluation mode, with `sigma > 0` and
+            `aggregation="unit"`, in the very dtype it is served in; or the host that it is attached to.
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised images.
         epsilons (`Sequence[float]`): l2 radii in [0, 1]-pixel units.
         num_samples (`int`): draws per image; the most of them where it may stop early.
@@ -255,7 +282,8 @@ def certify_features(
         anchor (`str` or `torch.Tensor` of shape `(batch_size, num_features)`): `"clean"`, the feature of the unwrapped
             tower on the image (the paper); `"smoothed"`, the mean of 128 draws that are not scored; or unit vectors
             that do not depend on the noise, `(batch_size, tokens, width)` with `per_token`.
-        feature (`str`): `"tokens"`, the flattened chosen layer, `"pooled"` or `"cls"`.
+        feature (`str`, *optional*): `"tokens"`, the flattened chosen layer, `"pooled"` or `"cls"`; by default `"tokens"`,
+            and for a host that classifies a pooled embedding (`CLIPModel`, …) `"pooled"`.
         per_token (`bool`): certify the direction of each token of `"tokens"` by itself. That is the expectation of the
             token's own unit vector; a served tower averages all tokens as one vector, so there is no `deployed` part.
         center (`torch.Tensor` of shape `(num_features,)`, *optional*): fixed vector that is subtracted from the feature
@@ -279,6 +307,8 @@ def certify_features(
         ValueError: if the tower cannot be certified (sigma 0, plain averaging, training mode), a feature or an anchor is
             not finite, or an argument is out of its range.
     """
+    tower, read = served_tower(tower)
+    feature = read if feature is None else feature
     options = {"epsilons": epsilons, "alpha": alpha, "method": method, "level": level, "beta": beta}
     options["sigma"] = tower.config.sigma
     if method in BAND_METHODS and tower.serves(feature) and center is None and not per_token:

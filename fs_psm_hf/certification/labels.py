@@ -12,7 +12,7 @@ from ..noise import resolve_image_ids
 from . import bounds
 from .certificate import BAND_METHODS, check_options, clean_scores, lower_bounds
 from .certified import Certified, round_down
-from .certify import Draws, check_certifiable, check_unit, describe_run
+from .certify import Draws, check_certifiable, check_unit, describe_run, served_tower
 from .confidence import clopper_pearson_lower
 from .identity import vector_hash
 
@@ -131,6 +131,14 @@ class Classifier:
         bias = None if bias is None or not torch.any(bias) else bias.detach().double().cpu()
         return cls(weight.detach().double().cpu(), bias)
 
+    def homogeneous(self) -> "Classifier":
+        """The same classifier on `[m, 1]` instead of m: the bias becomes the last column, `(num_classes, num_features + 1)`.
+
+        Without a bias of its own it minds no length, so it is certified as any other (theory, Fact 5).
+        """
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        return Classifier(torch.cat([self.weight, bias[:, None]], -1))
+
     @property
     def hash(self) -> str:
         """SHA-256 of weight and bias."""
@@ -165,9 +173,14 @@ def certify_labels(
     it is: `mean(tower.sample_features(...))`, not the tower's output, which has another length; then there is no
     `deployed` part.
 
+    The towers of `CLIPForImageClassification` and `SiglipForImageClassification` are the exception: they average the mean of
+    the patch tokens m as `[m, 1]/‖[m, 1]‖`, on which a head with a bias is one without. So `head=host.classifier` certifies
+    the label of the host's own logits, bias and `deployed` part included.
+
     Args:
-        tower ([`SmoothedVisionTower`]): around a model whose `feature` the classes live beside: for CLIP the embedding
-            after the projection (`CLIPVisionModelWithProjection`, `"pooled"`).
+        tower ([`SmoothedVisionTower`] or `PreTrainedModel`): around a model whose `feature` the classes live beside: for
+            CLIP the embedding after the projection (`CLIPVisionModelWithProjection`, `"pooled"`); or a host that a tower is
+            attached to (`CLIPModel`, `SiglipModel`, …).
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised images.
         text_embeds (`torch.Tensor` of shape `(num_classes, num_features)`): unit vectors.
         head (`torch.nn.Linear`): in place of `text_embeds`.
@@ -182,6 +195,7 @@ def certify_labels(
     Raises:
         ValueError: as `certify_features`, and where the classes do not fit the feature.
     """
+    tower, _ = served_tower(tower)
     classifier = Classifier.of(text_embeds, head)
     check_certifiable(tower, pixel_values)
     options = {"sigma": tower.config.sigma, "alpha": alpha, "method": method, "beta": beta}
@@ -189,12 +203,15 @@ def certify_labels(
         options["deployed_samples"] = tower.config.num_samples
     check_label_options(num_samples, **options)
     width = tower.clean_features(pixel_values[:1], feature).shape[-1]
+    extra = head is not None and feature == "pooled" and getattr(tower.vision_tower, "homogeneous", False)
+    width -= int(extra)
     if classifier.weight.shape[1] != width:
         name = "text_embeds" if head is None else "head"
         raise ValueError(
             f"`{name}` must have {width} values per class, the width of `feature` {feature!r}, "
             f"got {classifier.weight.shape[1]}"
         )
+    classifier = classifier.homogeneous() if extra else classifier
     record = describe_run(tower, pixel_values, feature, generator) | {"classifier": classifier.hash}
     found = []
     with tqdm(total=len(pixel_values) * num_samples, unit="draw", disable=not progress) as bar:
