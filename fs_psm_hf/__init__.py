@@ -6,6 +6,7 @@ Importing it registers `PSMModel` and `SmoothedVisionTower` with transformers' A
 from transformers import AutoConfig, AutoModel
 
 from .configuration_fs_psm import PSMConfig, SmoothedVisionTowerConfig
+from .feature_cache import FeatureCache
 from .modeling_fs_psm import SmoothedVisionTower
 from .modeling_psm import PSMModel
 
@@ -13,6 +14,7 @@ from .modeling_psm import PSMModel
 __version__ = "0.1.0"
 __all__ = [
     "Certificate",
+    "FeatureCache",
     "PSMConfig",
     "PSMModel",
     "SmoothedVisionTower",
