@@ -7,6 +7,7 @@ from tiny_models import MEAN, STD, images, psm_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionModel
 
 from fs_psm_hf import SmoothedVisionTower, attach, certify_features
+from fs_psm_hf.training.tower import FrozenTower
 
 
 SIZES = [(16, 32), (32, 16), (16, 16)]
@@ -163,3 +164,8 @@ def test_the_tower_reloads_alone(name, tmp_path):
     ):
         first, second = (value[-1] if isinstance(value, tuple) else value for value in (first, second))
         torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def test_training_for_a_packed_tower_is_refused():
+    with pytest.raises(ValueError, match="got a pixtral, which packs the tokens of all images into one row"):
+        FrozenTower(smoothed(), "tokens")

@@ -6,6 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..features import pooled_name
 from ..inputs import load_tower
+from ..packed import is_packed
 from ..pixels import channel_tensor, from_unit
 
 
@@ -70,6 +71,12 @@ class FrozenTower:
     """
 
     def __init__(self, tower, feature, checkpointing=False, post_layernorm=False):
+        if is_packed(tower.config.vision_config):
+            kind = tower.config.vision_config.model_type
+            raise ValueError(
+                f"`--pretrained_model_name_or_path` must be a tower with a row for each image, got a {kind}, which packs the "
+                "tokens of all images into one row: training a mapper for it is not supported"
+            )
         tower.requires_grad_(False).eval()
         tower._selection.check(feature)
         self.tower, self.feature, self.post_layernorm = tower, feature, post_layernorm
