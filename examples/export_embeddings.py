@@ -89,6 +89,7 @@ def export(host, tower, processor, path, output, host_name):
     }
     unfinished = output / f"{path.name}.tmp"
     save_file({"image_embeds": rows.contiguous().cpu()}, unfinished)
+    (output / f"{path.name}.json").unlink(missing_ok=True)  # of other settings, if there is one
     os.replace(unfinished, output / f"{path.name}.safetensors")
     unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, output / f"{path.name}.json")

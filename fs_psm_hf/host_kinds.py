@@ -81,6 +81,7 @@ HOSTS = {
     "llava_next_video": _LLAVA,
     "llava_onevision": _LLAVA,
     "mistral3": _PIXTRAL,
+    "mistral_large4": _PIXTRAL,
     "paligemma": _LAST_OUTPUT,
     "vipllava": HostKind(_LAYER, drops_class_token=True),
 }
@@ -158,6 +159,14 @@ def is_host(config):
     return config.model_type in HOSTS or config.model_type in OWN_CLASS_HOSTS
 
 
+def check_not_adapted(host):
+    """Raise `ValueError` for a `PeftModel`: it reads through to the host inside it, but what is set on it stays outside."""
+    if type(host).__module__.partition(".")[0] == "peft":
+        raise ValueError(
+            f"`host` must be the model itself, got the {type(host).__name__} around it: give `host.get_base_model()`"
+        )
+
+
 def find_tower(host):
     """The vision tower of a host, smoothed or not, and where it is.
 
@@ -170,6 +179,7 @@ def find_tower(host):
     Raises:
         ValueError: another kind of model, with the reason where it is a known one that cannot work.
     """
+    check_not_adapted(host)
     model_type = getattr(getattr(host, "config", None), "model_type", None)
     if model_type in REFUSED:
         raise ValueError(

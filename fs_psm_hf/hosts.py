@@ -2,7 +2,7 @@
 
 from . import openflamingo, zero_shot
 from .components import warn_of_another_base
-from .host_kinds import HOSTS, OWN_CLASS_HOSTS, REFUSED, describing_configs, find_tower
+from .host_kinds import HOSTS, OWN_CLASS_HOSTS, REFUSED, check_not_adapted, describing_configs, find_tower
 from .idefics_vision import IdeficsVisionModel
 from .modeling_fs_psm import SmoothedVisionTower
 from .packed import is_packed
@@ -51,6 +51,7 @@ def attach(
     """
     settings = {"sigma": sigma, "num_samples": num_samples, "image_mean": image_mean, "image_std": image_std}
     settings |= {"processor": processor, "max_batch_size": max_batch_size, "aggregation": aggregation}
+    check_not_adapted(host)
     if openflamingo.is_flamingo(host):
         return openflamingo.attach_flamingo(host, psm, feature_layer=feature_layer, **settings)
     if zero_shot.is_clip_host(host):
@@ -85,6 +86,7 @@ def attach(
     setattr(holder, attribute, smoothed)
     smoothed._tower_training = training
     smoothed._host_conversions = None
+    smoothed._attached_whole = holder is not host
     for config in configs:
         if kind.unsavable is None:
             config.vision_config = smoothed.config
@@ -105,6 +107,7 @@ def detach(host):
     Raises:
         ValueError: an unsupported host, or one whose tower is not smoothed; the host is unchanged.
     """
+    check_not_adapted(host)
     if openflamingo.is_flamingo(host):
         return openflamingo.detach_flamingo(host)
     if zero_shot.is_clip_host(host):
@@ -113,7 +116,7 @@ def detach(host):
     if not isinstance(smoothed, SmoothedVisionTower):
         raise ValueError(f"`host` must have a smoothed vision tower, got a {type(smoothed).__name__}")
     conversions = getattr(smoothed, "_host_conversions", None)
-    if conversions is not None and holder is host:
+    if conversions is not None and holder is host and smoothed._attached_whole:
         raise ValueError(
             f"`host` must be the whole model that `attach` was given, got the {type(host).__name__} inside it: how its "
             "checkpoint named the weights is to be put back there"

@@ -78,6 +78,11 @@ def load_tower(name, psm_name=None, processor_name=None, sigma=None, num_samples
     elif is_host(config):
         host = load(transformers.AutoModelForImageTextToText)
         tower = find_tower(host).tower
+    elif any(name.endswith("ForImageClassification") for name in config.architectures or ()):
+        raise ValueError(
+            f"`--tower` must be a vision tower or a host that is read by a language model, got {config.architectures[0]} "
+            f"in {name}: certify its labels in Python, with `attach` and `certify_labels`"
+        )
     elif config.model_type == "siglip":
         tower = load(transformers.SiglipVisionModel, ("text_model.", "logit_"))
     elif config.model_type == "clip":

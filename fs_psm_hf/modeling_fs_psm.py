@@ -337,8 +337,7 @@ class SmoothedVisionTower(Passes, RemembersFeatures, StrictLoading, PreTrainedMo
             ValueError: another shape, NaN or Inf, a setting out of range, or a feature this tower does not have.
         """
         check_pixel_values(pixel_values)
-        if self._is_packed:
-            check_unpadded(pixel_values)
+        check_unpadded(pixel_values, self.config.vision_config)
         check_smoothing(self.config.sigma, num_samples, self.config.max_batch_size)
         self._selection.check(feature, per_token)
         seed, ids = resolve_seed(generator), resolve_image_ids(image_ids, len(pixel_values))
@@ -373,8 +372,7 @@ class SmoothedVisionTower(Passes, RemembersFeatures, StrictLoading, PreTrainedMo
             `torch.Tensor` of shape `(batch_size, F)`, or `(batch_size, tokens, width)` with `per_token`, float32.
         """
         check_pixel_values(pixel_values)
-        if self._is_packed:
-            check_unpadded(pixel_values)
+        check_unpadded(pixel_values, self.config.vision_config)
         self._selection.check(feature, per_token)
         options, whole = self._selection.options(feature)
         images = pixel_values.float()

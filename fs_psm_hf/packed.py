@@ -14,6 +14,8 @@ from .smoothing import RunningFeature
 
 # `model_type` of the vision models whose output has shape (1, patches of all images, width).
 PACKED = ("pixtral",)
+# Their hosts say by a mask which pixels are padding; a certificate has no mask.
+_MASKED = ("idefics2_vision", "idefics3_vision", "smolvlm_vision")
 
 
 def is_packed(vision_config):
@@ -46,13 +48,18 @@ def read_sizes(image_sizes, pixel_values, patch_size):
     return sizes
 
 
-def check_unpadded(pixel_values):
-    """Raise `ValueError` where an image ends in rows or columns of zeros: the noise of a certificate is the image's alone."""
+def check_unpadded(pixel_values, vision_config):
+    """Raise `ValueError` where an image of a tower whose images come padded ends in rows or columns of zeros.
+
+    The noise of a certificate is the image's alone.
+    """
+    if vision_config.model_type not in (*PACKED, *_MASKED):
+        return
     for name, edge in (("row", pixel_values[..., -1, :]), ("column", pixel_values[..., -1])):
         if not edge.flatten(1).any(1).all():
             raise ValueError(
                 f"`pixel_values` must hold images without padding, got one whose last {name} is all zero: crop it to its "
-                "`image_sizes`, and ask for images of one size at a time"
+                "own size, and ask for images of one size at a time"
             )
 
 

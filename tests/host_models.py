@@ -214,6 +214,27 @@ HOSTS = {
         (-1, 0),
         "sized",
     ),
+    "mistral_large4": TinyHost(
+        "MistralLarge4ForConditionalGeneration",
+        lambda: hf.MistralLarge4Config(
+            vision_config=pixtral(),
+            text_config=hf.MistralLarge4TextConfig(
+                **TEXT,
+                moe_intermediate_size=16,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                kv_lora_rank=8,
+                q_lora_rank=8,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=8,
+                v_head_dim=12,
+                max_position_embeddings=256,
+            ),
+            image_token_index=IMAGE,
+        ),
+        (-1, 0),
+        "sized",
+    ),
     "paligemma": TinyHost("PaliGemmaForConditionalGeneration", _paligemma, (None, 0), extra={"token_type_ids": 0}),
     "gemma3": TinyHost("Gemma3ForConditionalGeneration", _gemma3, (None, 0), extra={"token_type_ids": 0}),
     "internvl": TinyHost(
