@@ -161,7 +161,10 @@ def _command(name, function, given):
             shown = part.resolve().name if isinstance(part, Path) else part
             if option in ("tower", "psm", "processor"):
                 shown = Path(shown).resolve().name if Path(shown).exists() else shown
-            words.append(f"--{option.replace('_', '-')}" + ("" if part is True else f" {shown}"))
+            if option == "set_":
+                variable, equals, path = part.partition("=")
+                shown = variable + equals + (Path(path).resolve().name if Path(path).is_absolute() else path)
+            words.append(f"--{option.strip('_').replace('_', '-')}" + ("" if part is True else f" {shown}"))
     return " ".join(words)
 
 
@@ -205,14 +208,68 @@ def card(
 
 
 @app.command()
+def attack(
+    tower: Annotated[str, typer.Option(help="Folder or Hub id: smoothed tower, LLaVA, CLIP or vision model.")],
+    images: Annotated[Path, typer.Option(help="Folder of clean images.")],
+    output: Annotated[Path, typer.Option(help="Folder for adversarial PNGs and attacks.jsonl; goes on with an earlier run.")],
+    targets: Annotated[Path | None, typer.Option(help="Folder of target images, paired by file stem.")] = None,
+    method: Annotated[str, typer.Option(help="attackvlm, m_attack, m_attack_global, foa, or untargeted pgd, apgd.")] = "foa",
+    mode: Annotated[str, typer.Option(help="transfer (plain tower) or adaptive (through noise, purifier and mapper).")] = "transfer",
+    epsilon: Annotated[str, typer.Option(help="Strength in [0, 1] pixels; fractions are fine.")] = "16/255",
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    steps: Annotated[int, typer.Option(help="Gradient steps.")] = 300,
+    step_size: Annotated[str | None, typer.Option(help="Step in [0, 1] pixels (default: the method's).")] = None,
+    psm: Annotated[str | None, typer.Option(help="PSM for a plain tower; plain smoothing without.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Noise, in [0, 1] pixels (default: 0.25, or the tower's).")] = None,
+    draws: Annotated[int, typer.Option(help="Noise draws per step of an adaptive attack.")] = 8,
+    straight_through: Annotated[bool, typer.Option(help="Pass the purifier by on the way back.")] = False,
+    feature: Annotated[str, typer.Option(help="tokens, cls or pooled.")] = "tokens",
+    processor: Annotated[str | None, typer.Option(help="Image processor, if it is not beside the tower.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the checkpoint's).")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the attacks' frame, in pixels.")] = 224,
+    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 4,
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of crops and noise (default: the operating system's).")] = None,
+):  # fmt: skip
+    """Attack the images of a folder; run the same command again to go on after a kill."""
+    given = dict(locals())
+    from .evaluation.commands import run_attack
+
+    typer.echo(run_attack(given, _command("attack", attack, given)))
+
+
+@app.command()
+def evaluate(
+    config: Annotated[Path, typer.Option(help="YAML file, such as examples/tables/table1.yaml.")],
+    output: Annotated[Path | None, typer.Option(help="JSON-lines file, made or gone on with (default: NAME.jsonl).")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="NAME=VALUE for ${NAME} of the file; may be repeated.")] = (),
+    limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device (default: cuda where there is one).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything without weights and say what would run.")] = False,
+    rejudge: Annotated[Path | None, typer.Option(help="A finished run, to be scored by the judge of the file.")] = None,
+    attacks: Annotated[Path | None, typer.Option(help="Also write the cells as results/attacks*.json of a model card.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: clean, adversarial, change, purified, answers.")] = None,
+):  # fmt: skip
+    """Attack models with and without the defence, as a YAML file asks; run the same command again after a kill."""
+    given = dict(locals())
+    from .evaluation.commands import run_evaluate
+
+    said = run_evaluate(given, _command("evaluate", evaluate, given))
+    if said is not None:  # the first process
+        typer.echo(said)
+
+
+@app.command()
 def tables(
-    paper: Annotated[int, typer.Option(help="Table of the paper: 2 or 5.")],
-    results: Annotated[list[Path], typer.Option(help="Results of `fs-psm certify`; may be repeated.")] = (),
-):
-    """Print a table of the paper with rows of ours beside it, as Markdown."""
+    paper: Annotated[int | None, typer.Option(help="Table of the paper, 1 to 8; 6, 7, 8 are S.6, S.7, S.8. Without: ours alone.")] = None,
+    results: Annotated[list[Path], typer.Option(help="Results of `fs-psm certify` or `fs-psm evaluate`; may be repeated.")] = (),
+):  # fmt: skip
+    """Print a table of the paper with rows of ours beside it, or the cells of `fs-psm evaluate` alone, as Markdown."""
+    from .evaluation.attack_tables import format_results
     from .evaluation.tables import format_paper_table
 
-    typer.echo(format_paper_table(paper, results))
+    typer.echo(format_results(results) if paper is None else format_paper_table(paper, results))
 
 
 convert_app = typer.Typer(help="Turn checkpoints of other code into model folders.", no_args_is_help=True)

@@ -48,7 +48,7 @@ LAYERS = [
         "",
     ],
     ["training", "attacks"],
-    ["evaluation", "plots", "demo"],
+    ["evaluation", "plots", "plots_attacks", "demo"],
     ["cli"],
 ]
 LAYER_OF = {module: index for index, layer in enumerate(LAYERS) for module in layer}

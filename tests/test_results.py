@@ -11,6 +11,7 @@ from fs_psm_hf import Certificate, PSMModel, certify_scores
 from fs_psm_hf.cards.tables import format_rows, format_table
 from fs_psm_hf.certification.folder import summarize
 from fs_psm_hf.certification.saved import load_draws
+from fs_psm_hf.evaluation.cells import read_results, worst
 
 
 ROOT = Path(__file__).parents[1]
@@ -181,3 +182,27 @@ def test_the_embedded_models_load_and_belong_together():
         processor.image_processor.image_mean
         == AutoProcessor.from_pretrained(CARDS / "tiny-clip-cifar10").image_processor.image_mean
     )
+
+
+def test_the_attacked_tables_are_the_measured_ones(monkeypatch):
+    """And what the README says of them: where the defence fails, and that the attack was no weak one."""
+    tables = ROOT / "examples" / "tables"
+    monkeypatch.syspath_prepend(tables)
+    from summary import rows
+
+    readme = (ROOT / "README.md").read_text()
+    results = tables / "results"
+    for names in (["dinov2_small"], ["imagenette_head", "imagenette_sanity"], ["tiny_llava"]):
+        lines = rows(*(results / f"{name}.jsonl" for name in names))
+        assert len(lines) > 5
+        assert all(line in readme for line in lines)
+    real = read_results(results / "dinov2_small.jsonl")
+    psm = {(one.cell.attack, one.cell.mode): one.asr for one in worst(real) if one.cell.row == "FS+P+M"
+           and one.cell.epsilon < 0.1}  # fmt: skip
+    assert psm["attackvlm", "adaptive"] == 1.0
+    assert max(asr for (_, mode), asr in psm.items() if mode == "transfer") == 0.0
+    strength = {
+        (one.cell.steps, one.cell.draws): one.asr for one in read_results(results / "tiny_llava_strength.jsonl")
+    }
+    assert strength.pop((25, 1)) == 0.7
+    assert all(0.8 <= asr <= 0.9 for asr in strength.values())

@@ -217,6 +217,8 @@ def test_a_bad_file_is_one_line_and_exit_code_2(write, words, monkeypatch, capsy
     assert "bad.jsonl" in complaint
 
 
-def test_only_two_tables_are_there(monkeypatch, capsys):
-    assert run(monkeypatch, "tables", "--paper", 3) == 2
-    assert capsys.readouterr().err.strip() == "fs-psm: `--paper` must be 2 or 5, got 3"
+@pytest.mark.parametrize("number", [0, 9])
+def test_only_eight_tables_are_there(number, monkeypatch, capsys):
+    assert run(monkeypatch, "tables", "--paper", number) == 2
+    complaint = capsys.readouterr().err.strip()
+    assert complaint == f"fs-psm: `--paper` must be one of 1, 2, 3, 4, 5, 6, 7, 8, got {number}"

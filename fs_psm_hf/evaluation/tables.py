@@ -1,4 +1,4 @@
-"""The paper's tables with rows of ours beside them, as Markdown."""
+"""The paper's tables with rows of ours beside them, as Markdown: those of certificates here, those of attacks by their own."""
 
 import math
 from pathlib import Path
@@ -7,12 +7,14 @@ import numpy as np
 
 from ..certification import Certificate
 from ..certification.results_file import read_lines
-from .paper import CITATION, TABLES
+from .attack_tables import format_attack_table, format_results, is_attack_file
+from .paper import ATTACK_TABLES, CITATION, TABLES
 
 
 # The FCSB that the paper's radii keep.
 LEVEL = 0.5
 NO_CONFIDENCE = "no confidence"
+_FILL = "Missing; `fs-psm evaluate --config examples/tables/{config}` fills them."
 _NOTES = (
     "FCSB: mean over the images of a lower bound on the inner product with the anchor, by the paper's Theorem 1, or by the "
     "layer-cake bound where the method is cdf, cdf_pilot or best; a negative FCSB bounds no cosine.",
@@ -25,11 +27,12 @@ _NOTES = (
 
 
 def format_paper_table(number: int, paths=()) -> str:
-    """A table of the paper, and under its rows one of ours per results file and method.
+    """A table of the paper with rows of ours: of Tables 2 and 5 one per results file and method under the paper's.
 
     Args:
-        number (`int`): of the table: 2 or 5.
-        paths (`Iterable[Path]`): results files written by `fs-psm certify`.
+        number (`int`): of the table, 1 to 8; 6, 7 and 8 are S.6, S.7 and S.8.
+        paths (`Iterable[Path]`): results files of `fs-psm certify` for Tables 2 and 5, of `fs-psm evaluate` for the others;
+            Table 5 takes both.
 
     Returns:
         `str`: Markdown. The paper's numbers stand as it prints them.
@@ -38,9 +41,14 @@ def format_paper_table(number: int, paths=()) -> str:
         ValueError: there is no such table, or a file is no results file with at least one certified image.
         OSError: a file cannot be read.
     """
-    if number not in TABLES:
-        raise ValueError(f"`--paper` must be {' or '.join(map(str, TABLES))}, got {number}")
+    known = sorted(TABLES.keys() | ATTACK_TABLES.keys())
+    if number not in known:
+        raise ValueError(f"`--paper` must be one of {', '.join(map(str, known))}, got {number}")
+    if number in ATTACK_TABLES:
+        return format_attack_table(number, paths)
     table = TABLES[number]
+    attacked = [path for path in paths if table.attacked and is_attack_file(path)]
+    paths = [path for path in paths if path not in attacked]
     header = ["source", "encoder", "PSM", "sigma", "n", "images", "method", "confidence"]
     header += [f"FCSB at {epsilon:g}" for epsilon in table.epsilons] + ["R"]
     header += ["ACC", "ASR"] * table.attacked + ["null level"]
@@ -51,10 +59,15 @@ def format_paper_table(number: int, paths=()) -> str:
     lines = [f"{CITATION}, Table {number}: {table.title}", ""]
     for row in (header, ["-" * width for width in widths], *rows):
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-    notes = [*_NOTES, *table.notes]
+    notes, below = [*_NOTES, *table.notes], []
     if table.attacked:
-        notes.append("ACC and ASR: accuracy and attack success rate under FOA; not measured for the results of ours.")
-    return "\n".join([*lines, "", *(f"- {note.format(level=LEVEL)}" for note in notes)])
+        notes.append(
+            "ACC and ASR: accuracy and attack success rate under FOA; not measured by `fs-psm certify`. "
+            + ("Rows of ours that were attacked stand below." if attacked else _FILL.format(config="table5.yaml"))
+        )
+    if attacked:
+        below = ["", format_results(attacked, attacks=("foa",), title="Rows of ours under FOA")]
+    return "\n".join([*lines, "", *(f"- {note.format(level=LEVEL)}" for note in notes), *below])
 
 
 def _paper_row(table, row):
