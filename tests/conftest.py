@@ -1,5 +1,7 @@
 import logging
 import os
+import random
+import types
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def same_draws_in_any_order():
+def same_draws_in_any_order(monkeypatch):
+    """The same weights and the same noise in every run; `test_noise.py` asks the operating system, as users do."""
     torch.manual_seed(0)
+    monkeypatch.setattr("fs_psm_hf.noise.secrets", types.SimpleNamespace(randbits=random.Random(0).getrandbits))
 
 
 class FailOnDeprecation(logging.Handler):

@@ -1,7 +1,10 @@
+import secrets
+
 import pytest
 import torch
 from scipy import stats
 
+from fs_psm_hf import noise
 from fs_psm_hf.noise import gaussian_noise, resolve_image_ids, resolve_seed
 
 
@@ -28,7 +31,8 @@ def test_noise_depends_on_seed_image_and_sample_only():
     assert not torch.equal(whole[1, 2], draws(seed=6, ids=[1], first=2, count=1)[0])
 
 
-def test_the_system_seeds_even_after_manual_seed():
+def test_the_system_seeds_even_after_manual_seed(monkeypatch):
+    monkeypatch.setattr(noise, "secrets", secrets)
     torch.manual_seed(0)
     first = resolve_seed(None)
     torch.manual_seed(0)
