@@ -77,30 +77,33 @@ class MapperBlock(nn.Module):
 
         Args:
             tokens (`torch.Tensor` of shape `(batch_size, tokens, hidden_size)`): float32 or wider.
-            sigma (`torch.Tensor` of shape `(batch_size,)`): noise level in [0, 1] pixel units, dtype of `tokens`.
+            sigma (`torch.Tensor` of shape `(batch_size,)`, or `(1,)` for one level of all images): noise level in [0, 1]
+                pixel units, dtype of `tokens`.
             reference_norm (`torch.Tensor` of shape `()`): r, the length that the update is measured in.
         """
         wide, narrow = tokens.dtype, self.scale.dtype
         sigma = sigma[:, None]
-        gamma, beta = self.film(sigma.to(narrow)).to(wide)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        gamma, beta = self.film(sigma.to(narrow)).to(wide)[:, None].chunk(2, dim=-1)  # (B or 1, 1, D) each
         # The same shape on purpose: the same kernel runs, and the difference at σ = 0 is exactly zero.
         beta_clean = self.film(torch.zeros_like(sigma, dtype=narrow)).to(wide)[:, None].chunk(2, dim=-1)[1]
 
-        hidden = ((1 + gamma) * self.norm(tokens) + beta).to(narrow)
+        hidden = torch.addcmul(beta, self.norm(tokens), 1 + gamma).to(narrow)
         branches = self.mlp(hidden)
         if self.attention is not None:
             branches = branches + self.attention(hidden)
         if self.conv is not None and tokens.shape[1] > self.num_prefix_tokens:
             local = self.conv(hidden[:, self.num_prefix_tokens :].transpose(1, 2)).transpose(1, 2)
-            branches = branches + 0.5 * F.pad(local, (0, 0, self.num_prefix_tokens, 0))
+            branches = branches.add(F.pad(local, (0, 0, self.num_prefix_tokens, 0)), alpha=0.5)
         direction = branches.to(wide)
-        direction = direction / (direction.norm(dim=-1, keepdim=True) + _TINY)
+        length = direction.norm(dim=-1, keepdim=True) + _TINY  # (B, L, 1)
 
         log_sigma = sigma.clamp(min=_MIN_SIGMA).log()
         amplitude = F.softplus(self.amplitude(torch.cat([sigma, log_sigma], dim=-1).to(narrow)).to(wide))
         exponent = F.softplus(self.exponent(sigma.to(narrow)).to(wide))
-        strength = (amplitude * sigma**exponent)[:, None]  # (B, 1, 1)
-        return reference_norm * ((1 + gamma) * direction * strength + beta - beta_clean) * self.scale
+        strength = (amplitude * sigma**exponent)[:, None]  # (B or 1, 1, 1)
+        # What depends on σ alone is multiplied out first, small: the tokens are read once.
+        unit = reference_norm * self.scale.to(wide)
+        return torch.addcmul((beta - beta_clean) * unit, direction / length, (1 + gamma) * strength * unit)
 
 
 class SmoothnessMapper(nn.Module):
@@ -222,7 +225,8 @@ class SmoothnessMapper(nn.Module):
                 f"`features` must have shape (batch_size, tokens, {self.hidden_size}) or "
                 f"(batch_size, {self.hidden_size}), got {tuple(features.shape)}."
             )
-        levels = expand_sigma(sigma, features)
+        # One noise level for all images is one row, whose FiLM is computed once and broadcast.
+        levels = expand_sigma(sigma, features if isinstance(sigma, torch.Tensor) else features[:1])
         tokens = features.to(levels.dtype)
         pooled = tokens.ndim == 2
         if pooled:

@@ -250,8 +250,14 @@ class UNetPurifier(nn.Module):
             padded = inputs
         if self.patch > 1:
             padded = F.pixel_unshuffle(padded, self.patch)
+        # Channels last: every convolution keeps the layout of its input, and the fast kernels read this one without a
+        # reordering of each activation (`examples/benchmarks/engine.py`). The weights stay as they were loaded. Not where
+        # a compiler differentiates: in layouts of its choice torch 2.13 gives wrong gradients of a U-Net on CPUs.
+        differentiated = torch.compiler.is_compiling() and torch.is_grad_enabled()
+        layout = torch.preserve_format if differentiated else torch.channels_last
+        padded = padded.to(self.unet.dtype, memory_format=layout)
         # The timestep stays float32: bfloat16 has 8 bits, too few to tell neighbouring timesteps apart.
-        output = self.unet(padded.to(self.unet.dtype), timestep.to(inputs.device, torch.float32)).sample
+        output = self.unet(padded, timestep.to(inputs.device, torch.float32)).sample
         if self.patch > 1:
             output = F.pixel_shuffle(output, self.patch)
         return output[:, :3, top : top + height, left : left + width].to(inputs)

@@ -206,3 +206,16 @@ def test_the_attacked_tables_are_the_measured_ones(monkeypatch):
     }
     assert strength.pop((25, 1)) == 0.7
     assert all(0.8 <= asr <= 0.9 for asr in strength.values())
+
+
+def test_the_speed_in_the_readme_is_the_measured():
+    readme, results = (ROOT / "README.md").read_text(), {}
+    for name in ("overhead", "certify_throughput_psm", "certify_to_radius", "engine_psm"):
+        results[name] = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+        assert (results[name]["threads"], results[name]["device"].startswith("Intel")) == (1, True)
+    ratios = [row["ratio"] for row in results["overhead"]["rows"]]
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} times" in readme
+    assert f"draws {results['certify_throughput_psm']['throughput']['ratio']:.1f} times as many" in readme
+    assert f"needs {results['certify_to_radius']['median_ratio_of_draws']:.0f} times fewer" in readme
+    layout = next(one for one in results["engine_psm"]["changes"] if "channels-last" in one["change"])
+    assert f"layout is {layout['times_faster']:.2f} times as fast" in readme
