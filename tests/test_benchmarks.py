@@ -1,5 +1,6 @@
 """Every speed benchmark runs at tiny shapes and writes the keys that its page documents."""
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -133,6 +134,25 @@ def test_train_throughput(benchmark):
     assert set(found) == COMMON | {"rows"}
     assert [row["stage"] for row in found["rows"]] == ["purifier", "mapper"]
     assert all(row["steps_per_second_ours"] > 0 and row["ratio"] > 0 for row in found["rows"])
+    # One draw at a time holds less than a graph over all of them.
+    assert all(row["peak_bytes_ours"] < row["peak_bytes_usual"] for row in found["rows"])
+
+
+def test_the_peak_is_of_what_is_held_at_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    measuring = runpy.run_path(str(FOLDER / "measuring.py"))
+    args = argparse.Namespace(device="cpu")
+
+    def one_after_another():
+        for _ in range(3):
+            torch.zeros(1_000_000)
+
+    def at_once():
+        return [torch.zeros(1_000_000) for _ in range(3)]
+
+    for _ in range(2):  # and what came before changes nothing
+        assert measuring["peak_memory"](args, one_after_another) == pytest.approx(4e6, rel=0.01)
+        assert measuring["peak_memory"](args, at_once) == pytest.approx(12e6, rel=0.01)
 
 
 def test_memory(benchmark):
@@ -144,6 +164,9 @@ def test_memory(benchmark):
     }  # fmt: skip
     assert [row["num_samples"] for row in found["by_samples"]] == [2, 4]
     assert found["largest_product_that_fits"] == 4
+    # A pass is all that is held, whatever the number of draws; a larger pass holds more.
+    assert found["growth_over_samples"] < 1.1
+    assert found["largest_pass"][-1]["peak_bytes"] > 1.2 * found["largest_pass"][0]["peak_bytes"]
 
 
 def test_engine(benchmark):

@@ -71,7 +71,6 @@ def main():
         )
         lengths["usual"] = delta.norm().item()
 
-    # The smaller need first: what an allocator keeps from a larger one would hide it.
     memory = {"ours": peak_memory(args, ours), "usual": peak_memory(args, usual)}
     tower.zero_grad()
     seconds = in_turn(args, {"ours": ours, "usual": usual}, warm_up=0)

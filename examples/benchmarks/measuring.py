@@ -180,29 +180,26 @@ def median_ratio(first, second):
 
 
 def peak_memory(args, function):
-    """Bytes that a call needed beyond what was held before it, or `None` where the system does not tell.
+    """Most bytes of tensors that a call held at once, beyond what was held before it.
 
-    On Linux the high-water mark of the process is set back first; pages that the allocator kept from earlier calls are
-    not seen, so measure the smaller need first.
+    On a CPU the allocations that torch's profiler saw are added up, so that pages kept by an allocator from earlier calls
+    neither count nor hide anything; the scratch space inside a kernel is not seen.
     """
     if torch.device(args.device).type == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - held
-    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not marks.exists():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-        return None
-    marks.write_text("5")
-
-    def kibibytes(name):
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
-
-    held = kibibytes("VmRSS")
-    function()
-    return max(0, kibibytes("VmHWM") - held) * 1024
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def matmul_rate(args, dtype=None, size=2048):

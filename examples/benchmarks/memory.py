@@ -3,7 +3,7 @@
     python examples/benchmarks/memory.py --json memory.json
     python examples/benchmarks/memory.py --device cuda --true-shapes --json memory_gpu.json
 
-The peak is what a call needed beyond the weights. A call of B images and n₀ draws runs in passes of at most
+The peak is what the tensors of a call needed beyond the weights. A call of B images and n₀ draws runs in passes of at most
 `max_batch_size` noisy images, so its need is that of a pass, and of the sums. "The largest pass" doubles `max_batch_size`
 until memory ends (a GPU) or `--budget-gib` is passed: that many noisy images, B·n₀, would also fit at once.
 """
@@ -30,7 +30,7 @@ def largest_pass(args, tower, budget):
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
-        if peak is None or peak > budget:
+        if peak > budget:
             break
         rows.append({"max_batch_size": size, "peak_bytes": peak})
         print(rows[-1], flush=True)
@@ -69,7 +69,7 @@ def main():
         max_batch_size=limit,
         by_samples=by_samples,
         by_batch=by_batch,
-        growth_over_samples=None if None in peaks or not peaks[0] else max(peaks) / peaks[0],
+        growth_over_samples=max(peaks) / min(peaks),
         largest_pass=fits,
         largest_product_that_fits=fits[-1]["max_batch_size"] if fits else None,
         budget_gib=None if cuda else args.budget_gib,
