@@ -2,6 +2,7 @@
 
 import torch
 
+from .compiled import CompiledPass
 from .features import FeatureSelection
 from .noise import gaussian_noise
 from .packed import equal_runs, is_packed, pack, read_sizes, unpack
@@ -14,8 +15,11 @@ class Passes:
     """The part of a [`SmoothedVisionTower`] that runs its networks, on as many noisy images at a time as fit."""
 
     def compile(self, *args, **kwargs):
-        """`torch.compile` of one pass (noise to features); the loop around it stays Python and its shapes stay fixed."""
-        self._compiled_pass = torch.compile(self._network, *args, **kwargs)
+        """`torch.compile` of one pass (noise to features); the loop around it stays Python and its shapes stay fixed.
+
+        Where a pass does not compile, the log says so once and the passes run eagerly.
+        """
+        self._compiled_pass = CompiledPass(self._network, *args, **kwargs)
         return self
 
     @property

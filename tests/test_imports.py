@@ -23,6 +23,7 @@ LAYERS = [
         "purifier",
         "mapper",
         "smoothing",
+        "compiled",
         "packed",
         "features",
         "feature_cache",

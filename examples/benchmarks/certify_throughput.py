@@ -152,7 +152,7 @@ def main():
         if not args.radius_only:
             found["throughput"] = throughput(args, tower)
         if args.compile:
-            found["compile_failure"] = getattr(tower._compiled_pass, "failure", None)
+            found["compile_failure"] = tower._compiled_pass.failure
         if args.max_draws:
             found["draws_to_radius"] = rows = draws_to_radius(args, tower)
             ratios = [row["ratio_of_draws"] for row in rows if "ratio_of_draws" in row]

@@ -102,7 +102,7 @@ def changes(args, tower):
         rows.append({
             "change": "torch.compile of the pass", "seconds_before": median(eager),
             "seconds_after": median(seconds["compiled"]), "times_faster": median(eager) / median(seconds["compiled"]),
-            "failure": getattr(tower._compiled_pass, "failure", None),
+            "failure": tower._compiled_pass.failure,
         })  # fmt: skip
     return rows
 
