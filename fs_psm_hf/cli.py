@@ -26,6 +26,7 @@ def certify(
     psm: Annotated[str | None, typer.Option(help="PSM for a plain tower; plain smoothing without.")] = None,
     processor: Annotated[str | None, typer.Option(help="Image processor, if it is not beside the tower.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the checkpoint's).")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Run the passes under torch.compile.")] = False,
     sigma: Annotated[float | None, typer.Option(help="Noise, in [0, 1] pixels (default: 0.25, or the tower's).")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Draws per image (default: 10000, or all saved ones).")] = None,
     target_radius: Annotated[float | None, typer.Option(help="Stop once this radius is certified or out of reach.")] = None,
@@ -64,7 +65,7 @@ def certify(
     from .inputs import load_classifier
 
     about_draws = (
-        "tower", "images", "psm", "processor", "dtype", "sigma", "anchor", "feature", "per_token", "center", "where",
+        "tower", "images", "psm", "processor", "dtype", "compile", "sigma", "anchor", "feature", "per_token", "center", "where",
         "limit", "max_batch_size", "device", "seed", "resume", "save_scores", "save_features",
     )  # fmt: skip
     if from_scores is not None:
@@ -135,6 +136,8 @@ def _certify_images(question, command, given):
     model, processor = load_tower(given["tower"], given["psm"], given["processor"], sigma, served, given["dtype"])
     model = model.to(device)
     model.config.max_batch_size = given["max_batch_size"] or model.config.max_batch_size
+    if given["compile"]:
+        model.compile()
     center = None
     if given["center"] is not None:
         references = list_images(given["center"], None, None, option="--center")

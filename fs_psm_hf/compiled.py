@@ -22,6 +22,9 @@ class CompiledPass:
     def __init__(self, network, *args, **options):
         self.network = network
         self.compiled = torch.compile(network, *args, **options)
+        # Their outputs lie in memory that the next pass writes to.
+        graphs = (options.get("options") or {}).get("triton.cudagraphs", False)
+        self.keep = torch.clone if graphs or options.get("mode") in ("reduce-overhead", "max-autotune") else None
         self.failure = None  # why the passes run eagerly, one sentence, where they do
         self._known = set()
         self._most_draws = {}
@@ -42,12 +45,18 @@ class CompiledPass:
             if draws > num_samples:
                 noises = [F.pad(noises[0], (0, 0) * 3 + (0, draws - num_samples))]
         program = shapes, draws, sigma, raw, canvas, id(model), selection, torch.is_grad_enabled()
+        if self.keep is not None:
+            torch.compiler.cudagraph_mark_step_begin()
         if program in self._known:
             outputs = self.compiled(model, runs, noises, draws, *rest)
         else:
             outputs = self._first(model, runs, noises, draws, rest)
             self._known.add(program)
-        return [_first_rows(output, num_samples) for output in outputs] if draws > num_samples else outputs
+        if draws > num_samples:
+            outputs = [_with_every_tensor(output, lambda tensor: tensor[:num_samples]) for output in outputs]
+        if self.keep is not None:
+            outputs = [_with_every_tensor(output, self.keep) for output in outputs]
+        return outputs
 
     def _first(self, model, runs, noises, num_samples, rest):
         """A pass that may have to be compiled, on a copy of the noise: a program that fails may have overwritten it."""
@@ -61,11 +70,11 @@ class CompiledPass:
             return self.network(model, runs, kept, num_samples, *rest)
 
 
-def _first_rows(output, count):
-    """The first `count` rows of every tensor of a model's output."""
+def _with_every_tensor(output, change):
+    """A model's output with every tensor in it changed."""
     for name, value in output.items():
         if isinstance(value, torch.Tensor):
-            output[name] = value[:count]
+            output[name] = change(value)
         elif isinstance(value, (tuple, list)):
-            output[name] = tuple(None if tensor is None else tensor[:count] for tensor in value)
+            output[name] = tuple(None if tensor is None else change(tensor) for tensor in value)
     return output

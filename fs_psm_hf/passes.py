@@ -17,10 +17,16 @@ class Passes:
     def compile(self, *args, **kwargs):
         """`torch.compile` of one pass (noise to features); the loop around it stays Python and its shapes stay fixed.
 
-        Where a pass does not compile, the log says so once and the passes run eagerly.
+        Where a pass does not compile, the log says so once and the passes run eagerly. `mode="reduce-overhead"` replays CUDA
+        graphs; features are copied out of them, so that those of one pass outlive the next.
         """
         self._compiled_pass = CompiledPass(self._network, *args, **kwargs)
         return self
+
+    @property
+    def compiled(self):
+        """Whether the passes run under `torch.compile`: it was asked for and has not failed."""
+        return self._compiled_pass is not None and self._compiled_pass.failure is None
 
     @property
     def _selection(self):
@@ -60,7 +66,10 @@ class Passes:
         else:
             # Noise of σ in [0, 1] pixels is σ / std in normalised ones, where the tower without a purifier lives.
             scale = sigma if purified else sigma / std
-            pixels = noise.mul_(scale).view(copies.shape).add_(copies).flatten(0, 1)
+            if torch.compiler.is_compiling():  # fused, and CUDA graphs do not take arguments that are overwritten
+                pixels = (noise * scale).view(copies.shape).add(copies).flatten(0, 1)
+            else:
+                pixels = noise.mul_(scale).view(copies.shape).add_(copies).flatten(0, 1)
         if purified:
             purified_pixels = self.psm(pixels, sigma)
             pixels = from_unit(purified_pixels, mean.to(purified_pixels), std.to(purified_pixels))
@@ -75,7 +84,8 @@ class Passes:
             model (`PreTrainedModel`): from `_model`.
             runs (`list[torch.Tensor]`): images of shape `(b, 3, height, width)`, those of one size together: one run, but for
                 a packed tower. In [0, 1] with a purifier, normalised without.
-            noises (`list[torch.Tensor or None]`): unit noise of shape `(b * num_samples, 3, height, width)`, overwritten.
+            noises (`list[torch.Tensor or None]`): unit noise of shape `(b * num_samples, 3, height, width)`, overwritten
+                by an eager pass.
             statistics (pair of `torch.Tensor` of shape `(3, 1, 1)`): mean and standard deviation of the normalisation.
             selection ([`FeatureSelection`]): what the mapper refines.
             options (`dict`): further arguments of the wrapped tower.

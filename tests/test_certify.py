@@ -39,7 +39,7 @@ class Encoder(torch.nn.Module):
         self.config = SimpleNamespace(sigma=sigma, **settings | config)
         self.vision_tower, self.psm = torch.nn.Identity().eval(), SimpleNamespace(purifier=None)
         self.kind, self.rate, self.chunk = kind, rate, chunk
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.dtype, self.device, self.compiled = torch.float32, torch.device("cpu"), False
         self.direction = torch.full((48,), 48**-0.5)
         self.largest = 0
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -110,6 +111,25 @@ def test_an_unreadable_file_is_reported_and_the_rest_goes_on(monkeypatch, capsys
     (folder / "cut.png").unlink()
     assert run(monkeypatch, *command, "--resume") == 0
     assert [line["kind"] for line in lines(output)] == ["header", *["image"] * 4, "summary"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_mode_asked_for_is_the_one_recorded(works, monkeypatch, tmp_path, tower, folder):
+    """A pass that does not compile makes eager certificates, and the file says so from its first line on."""
+
+    def backend(graph, inputs):
+        if not works:
+            raise RuntimeError("no C++ compiler here")
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    output, options = tmp_path / "out.jsonl", ["--num-samples", 300, "--seed", 4, "--dtype", "bfloat16", "--compile"]
+    assert run(monkeypatch, "certify", "--tower", tower, "--images", folder, "--output", output, *options) == 0
+    header, *images, summary = lines(output)
+    assert (header["dtype"], header["compiled"], header["quantization"]) == ("bfloat16", works, None)
+    assert {entry["compiled"] for line in images for entry in line["certificates"]} == {works}
+    assert "--dtype bfloat16 --compile" in summary["command"]
 
 
 def test_a_killed_run_resumes_to_the_same_result(monkeypatch, tmp_path, tower, folder):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_models import images, psm_model, smoothed_tower, vision_model
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fs_psm_hf import SmoothedVisionTower, certify_features, certify_labels, certify_scores
-from fs_psm_hf.certification.identity import model_hash
+from fs_psm_hf.certification.identity import model_hash, quantization
 
 
 SETTINGS = {"psm": psm_model(), "sigma": 0.2, "num_samples": 2, "feature_layer": -2, "first_token": 1}
@@ -39,6 +40,13 @@ def change(tower, name):
             return
 
 
+def in_another_class(module, difference=0.0):
+    """One weight as a tensor of a class, which is how torchao quantises; this one holds two tensors."""
+    layer = next(child for child in module.modules() if isinstance(child, nn.Linear))
+    weight = layer.weight.detach()
+    layer.weight = nn.Parameter(TwoTensor(weight.clone(), weight + difference))
+
+
 @pytest.mark.parametrize(
     ("alter", "named"),
     [
@@ -49,6 +57,8 @@ def change(tower, name):
         (lambda t: setattr(t.config.vision_config, "hidden_act", "relu"), "model_hash"),
         (lambda t: t.to(torch.bfloat16), "dtype"),
         (lambda t: t.vision_tower.set_attn_implementation("eager"), "attention"),
+        (lambda t: t.compile(backend="eager"), "compiled"),
+        (lambda t: in_another_class(t.psm.purifier), "quantization"),
         (lambda t: setattr(t.config, "sigma", 0.3), "sigma"),
         (lambda t: setattr(t.config, "num_samples", 8), "num_samples"),
         (lambda t: setattr(t.config, "feature_layer", -1), "feature_layer"),
@@ -123,3 +133,28 @@ def test_a_label_certificate_is_held_against_a_tower_too():
     tower.config.sigma = 0.4
     with pytest.raises(ValueError, match="`sigma` was 0.1, this tower has 0.4"):
         certificate.verify(tower)
+
+
+def test_the_mode_is_recorded_and_an_older_certificate_was_eager():
+    tower = smoothed_tower(sigma=0.2)
+    tower.compile(backend="eager")
+    certificate = certificate_of(tower)
+    assert certificate.compiled
+    assert certificate.quantization is None
+    certificate.verify(tower)
+    with pytest.raises(ValueError, match="`compiled` was True, this tower has False"):
+        certificate.verify(smoothed_tower(sigma=0.2))
+    values = certificate_of(smoothed_tower(sigma=0.2)).to_dict()
+    del values["compiled"], values["quantization"]
+    type(certificate).from_dict(values).verify(smoothed_tower(sigma=0.2))
+
+
+def test_weights_of_another_class_are_named_and_hashed_by_what_they_hold():
+    def build(difference=0.0):
+        tower = smoothed_tower(psm=psm_model())
+        in_another_class(tower.psm.purifier, difference)
+        return tower
+
+    assert quantization(build()) == "TwoTensor in psm.purifier"
+    assert model_hash(build()) == model_hash(build())
+    assert len({model_hash(t) for t in (build(), build(1.0), smoothed_tower(psm=psm_model()))}) == 3

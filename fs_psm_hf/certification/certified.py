@@ -16,6 +16,8 @@ class Certified:
         model, psm (`str`): where the wrapped tower, and purifier and mapper, came from.
         model_hash (`str`): SHA-256 of all weights and of every setting that shapes the function; see `model_hash`.
         dtype, attention (`str`): precision of the weights, attention kernel.
+        compiled (`bool`): whether the passes ran under `torch.compile`, which rounds in another way.
+        quantization (`str`): classes of quantised weights and where they are, `None` without.
         image_size (`tuple[int, int]`): height and width.
         image_mean, image_std (`tuple[float, ...]`): normalisation of the pixels.
         feature (`str`): `"tokens"`, `"cls"` or `"pooled"`.
@@ -35,6 +37,8 @@ class Certified:
     psm: str | None = None
     dtype: str | None = None
     attention: str | None = None
+    compiled: bool = False
+    quantization: str | None = None
     image_size: tuple[int, int] | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None

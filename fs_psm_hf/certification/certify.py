@@ -76,10 +76,11 @@ class Draws:
 
         Raises:
             ValueError: a feature is NaN or infinite.
+            RuntimeError: the first draws were compiled and the others not.
         """
         done = 0 if self.values is None else len(self.values)
         if done < num_samples:
-            found = []
+            found, compiled = [], self.tower.compiled
             with torch.inference_mode():
                 for chunk in self.tower.sample_features(self.image, num_samples - done, start=done, **self.stream):
                     # Values stay on the device until the end, so that no chunk waits for the transfer of the one before.
@@ -89,6 +90,11 @@ class Draws:
                     if self.progress is not None:
                         self.progress.update(chunk.shape[1])
                 values = torch.cat(found).cpu().double().numpy()
+            if self.tower.compiled != compiled:
+                raise RuntimeError(
+                    f"`torch.compile` failed among the draws of image {self.image_id}, so that they are of two modes: certify "
+                    "again, the passes run without it now"
+                )
             bad = np.count_nonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
             if bad:
                 raise ValueError(
@@ -166,8 +172,16 @@ def check_certifiable(tower, pixel_values):
         )
 
 
+def settle(tower, pixel_values, feature):
+    """Compile a pass now, where the tower is to be compiled, so that what is recorded of the mode is what is drawn."""
+    if tower.compiled:
+        next(tower.sample_features(pixel_values[:1], tower._limit(pixel_values), feature, generator=0))
+
+
 def describe_run(tower, pixel_values, feature, generator, center=None, description=None) -> dict:
     """The fields of [`Certified`] that are common to the images of one call, the resolved seed among them."""
+    if description is None:
+        settle(tower, pixel_values, feature)
     return {
         **(description or describe(tower)),
         "model": model_name(tower),

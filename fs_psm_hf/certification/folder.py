@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..configuration_fs_psm import check_smoothing
 from ..noise import resolve_seed
 from .adaptive import look_schedule
-from .certify import draw_scores, null_level_of_sum
+from .certify import draw_scores, null_level_of_sum, settle
 from .identity import describe, model_name, psm_name, vector_hash
 from .results_file import ResultsFile, versions
 from .saved import load_draws, save_draws, saved_path
@@ -57,11 +57,12 @@ def certify_folder(
         raise ValueError("`--save-features` needs `--save-scores`, the folder to save them in")
     served = tower.config.num_samples if tower.serves(feature) and center is None and not per_token else None
     question.check(sigma, served)
-    if question.classifier is not None:
-        # Of the first image that can be read; where there is none, nothing is certified either.
-        for clean in _clean_features(tower, processor, root, files, feature, progress=False, desc=None):
-            question.check_width(len(clean))
-            break
+    # Of the first image that can be read; where there is none, nothing is certified either.
+    for pixels in _images(tower, processor, root, files):
+        if question.classifier is not None:
+            question.check_width(tower.clean_features(pixels, feature).shape[-1])
+        settle(tower, pixels, feature)
+        break
     description = describe(tower)
     asked = {
         **(settings or {}), **question.settings(), "sigma": sigma, "served_samples": served,
@@ -248,12 +249,16 @@ def _null_cosine(features):
 
 
 def _clean_features(tower, processor, root, files, feature, progress, desc, **options):
-    for name in tqdm(files, desc=desc, unit="image", disable=not progress):
+    for pixels in _images(tower, processor, root, tqdm(files, desc=desc, unit="image", disable=not progress)):
+        yield tower.clean_features(pixels, feature, **options)[0].double()
+
+
+def _images(tower, processor, root, files):
+    for name in files:
         try:
-            pixels = read_image(Path(root) / name, processor).to(tower.device)
+            yield read_image(Path(root) / name, processor).to(tower.device)
         except OSError:
             continue
-        yield tower.clean_features(pixels, feature, **options)[0].double()
 
 
 def _mean(values):

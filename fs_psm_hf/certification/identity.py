@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 # Fields of a configuration that name, load or train a model and do not change what it computes. The kernel and the
@@ -24,6 +25,8 @@ def describe(tower) -> dict:
     return {
         "dtype": str(tower.dtype).removeprefix("torch."),
         "attention": getattr(config.vision_config, "_attn_implementation", None),
+        "compiled": tower.compiled,
+        "quantization": quantization(tower),
         "image_mean": tuple(config.image_mean),
         "image_std": tuple(config.image_std),
         "feature_layer": tuple(layer) if isinstance(layer, (list, tuple)) else layer,
@@ -49,10 +52,21 @@ def model_hash(tower) -> str:
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
-        tensor = tensor.detach().contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        for part, values in _plain_parts(name, tensor.detach()):
+            values = values.contiguous().cpu()
+            digest.update(f"{part} {values.dtype} {tuple(values.shape)}\n".encode())
+            digest.update(memoryview(values.flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def quantization(tower):
+    """Classes of weights that are no plain tensors, and where they are: `"Int8Tensor in psm.purifier"`; `None` without."""
+    found = set()
+    for name, weight in tower.named_parameters():
+        if type(weight) is not torch.nn.Parameter:
+            part = next(part for part in ("vision_tower", "psm.purifier", "psm.mapper") if name.startswith(part))
+            found.add(f"{type(weight).__name__} in {part}")
+    return ", ".join(sorted(found)) or None
 
 
 def vector_hash(vector) -> str:
@@ -83,6 +97,15 @@ def psm_name(tower):
         config.mapper_config is not None
     )
     return " and ".join(parts) or "none"
+
+
+def _plain_parts(name, tensor):
+    """A tensor, or those that one of a quantised class is made of, with names that tell the class."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(f"{name}.{type(tensor).__name__}.{inner}", getattr(tensor, inner))
 
 
 def _settings(config):
