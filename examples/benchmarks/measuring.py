@@ -224,7 +224,7 @@ def device_name(device):
 
 
 def report(args, **found):
-    """Print the result, and write it where `--json` says: whole, or not at all."""
+    """Print the result with what was measured and where, and write it where `--json` says."""
     known, random_psms = ("dinov2-small", "clip-large-336", "tiny"), ("light", "diffusion", "tiny")
     result = {
         **found,
@@ -241,12 +241,16 @@ def report(args, **found):
         "versions": versions(),
         "command": f"python examples/benchmarks/{Path(sys.argv[0]).name} {_options()}".strip(),
     }
+    write(args.json, result)
+
+
+def write(path, result):
+    """Print the result, and write it where a path is given: whole, or not at all."""
     print(json.dumps({k: v for k, v in result.items() if k != "versions"}, indent=1))
-    if args.json is not None:
-        unfinished = args.json.with_suffix(".tmp")
+    if path is not None:
+        unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(unfinished, args.json)
-    return result
+        os.replace(unfinished, path)
 
 
 def _options():

@@ -114,8 +114,8 @@ def measure(args, folder, stage):
 
 
 def main():
-    made = parser(__doc__, image_size=56, repeats=3)
-    made.add_argument("--batch-size", type=int, default=2)
+    made = parser(__doc__, image_size=112, repeats=3)
+    made.add_argument("--batch-size", type=int, default=4)
     made.add_argument("--num-samples", type=int, default=4)
     args = made.parse_args()
     if args.true_shapes:

@@ -1,85 +1,77 @@
-"""`fs-psm certify` in one process and split over two by accelerate, a thread each: wall time, and the same certificates.
+"""A command of `fs-psm` in one process and split over two by accelerate, a thread each: wall time, and the same results.
 
-    python examples/benchmarks/two_processes.py --images FOLDER --tower DIR_OR_ID --psm DIR_OR_ID --json two_processes.json
+    python examples/benchmarks/two_processes.py --json two_processes.json -- certify --tower DIR_OR_ID --images FOLDER --seed 0
+    python examples/benchmarks/two_processes.py -- evaluate --config examples/benchmarks/two_processes.yaml --set data=DATA
 
-`ratio` is the time of one process over that of two, starts included; `ratio_without_start` takes off the time that the same
-command needs for one draw of each image. Two is perfect, and needs two idle cores.
+After `--` stands any command that takes `--output` and deals its images out; the output is chosen here. `ratio` is the time of
+one process over that of two, imports and loading of models included. Two is perfect, and needs two idle cores.
 """
 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from measuring import device_name, median
+from measuring import device_name, median, median_ratio, write
 
-from fs_psm_hf.certification.identity import short_name
 from fs_psm_hf.certification.results_file import versions
 
 
 CONFIG = Path(__file__).parents[1] / "accelerate_configs" / "two_cpu_processes.yaml"
 
 
-def certify(args, processes, output, num_samples):
-    """Seconds of a whole run, and the file's lines without what names the run."""
+def run(words, processes, output):
+    """Seconds of a whole run, and the lines of its file but the first, which names the run."""
     launch = [sys.executable, "-m"]
     if processes > 1:
         launch += ["accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", str(processes), "-m"]
-    command = [*launch, "fs_psm_hf.cli", "certify", "--tower", args.tower, "--images", str(args.images)]
-    command += ["--psm", args.psm] if args.psm else []
-    command += ["--sigma", str(args.sigma), "--num-samples", str(num_samples), "--seed", "0", "--output", str(output)]
+    command = [*launch, "fs_psm_hf.cli", *words, "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
-        raise RuntimeError(f"`certify` in {processes} processes ended with {done.returncode}: {done.stderr[-2000:]}")
-    return seconds, [json.loads(line) for line in output.read_text().splitlines()]
+        raise RuntimeError(
+            f"{shlex.join(words)} in {processes} processes ended with {done.returncode}: {done.stderr[-2000:]}"
+        )
+    return seconds, [json.loads(line) for line in output.read_text().splitlines()[1:]]
+
+
+def without_folders(word):
+    """A word of a command without folders of this machine."""
+    name, equals, value = word.rpartition("=")
+    return name + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tower", required=True)
-    parser.add_argument("--psm")
-    parser.add_argument("--images", type=Path, required=True, help="a folder")
-    parser.add_argument("--sigma", type=float, default=0.25)
-    parser.add_argument("--num-samples", type=int, default=1_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, required=True, help="for the files of the runs; must not exist")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("words", nargs="+", metavar="COMMAND", help="of fs-psm, after --")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)
-    seconds, same = {1: [], 2: [], "start 1": [], "start 2": []}, True
-    for repeat in range(args.repeats):
+    seconds, same = {1: [], 2: []}, True
+    for _ in range(args.repeats):
         found = {}
-        for processes in (1, 2):
-            output = args.folder / f"{repeat}-{processes}" / "out.jsonl"  # the name stands in the file
-            spent, found[processes] = certify(args, processes, output, args.num_samples)
-            seconds[processes].append(spent)
-            spent, _ = certify(args, processes, args.folder / f"{repeat}-{processes}" / "start.jsonl", 2)
-            seconds[f"start {processes}"].append(spent)
+        with tempfile.TemporaryDirectory() as folder:
+            for processes in (1, 2):
+                output = Path(folder) / str(processes) / "out.jsonl"  # its name stands in the file
+                output.parent.mkdir()
+                spent, found[processes] = run(args.words, processes, output)
+                seconds[processes].append(spent)
         same = same and found[1] == found[2]
-        print({name: values[-1] for name, values in seconds.items()}, "same file:", same, flush=True)
-    one, two, start_one, start_two = (median(values) for values in seconds.values())
-    result = {
-        "seconds_one_process": one, "seconds_two_processes": two, "seconds_start_one": start_one,
-        "seconds_start_two": start_two, "ratio": one / two,
-        "ratio_without_start": (one - start_one) / (two - start_two), "same_file": same,
-        "images": sum(line["kind"] == "image" for line in found[1]), "num_samples": args.num_samples,
-        "tower": short_name(args.tower), "psm": short_name(args.psm) if args.psm else None, "sigma": args.sigma,
+        print({processes: values[-1] for processes, values in seconds.items()}, "same file:", same, flush=True)
+    options = shlex.join(without_folders(word) for word in args.words)
+    write(args.json, {
+        "command_measured": f"fs-psm {options}", "seconds_one_process": median(seconds[1]),
+        "seconds_two_processes": median(seconds[2]), "ratio": median_ratio(seconds[1], seconds[2]), "same_file": same,
         "device": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "repeats": args.repeats,
-        "versions": versions(),
-        "command": "python examples/benchmarks/two_processes.py --images FOLDER "
-        f"--tower {short_name(args.tower)} --num-samples {args.num_samples}",
-    }  # fmt: skip
-    print(json.dumps({k: v for k, v in result.items() if k != "versions"}, indent=1))
-    if args.json is not None:
-        unfinished = args.json.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(unfinished, args.json)
+        "versions": versions(), "command": f"python examples/benchmarks/two_processes.py -- {options}",
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
