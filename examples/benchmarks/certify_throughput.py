@@ -100,7 +100,9 @@ def throughput(args, tower):
         / (math.sqrt(2) * error),
         "radius_ours": last["ours"].radius,
         "radius_usual": theirs.radius,
-        "mode": {name: facts[name] for name in sorted(facts) if name in ("dtype", "attention", "compiled")},
+        "mode": {
+            name: facts[name] for name in sorted(facts) if name in ("dtype", "attention", "compiled", "quantization")
+        },
     }
 
 

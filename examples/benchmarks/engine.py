@@ -8,6 +8,9 @@ The floor of a network is its operations over the rate of a square matrix produc
 `share_of_matmul_rate` is floor over time: what a processor that only multiplies would reach is 1.
 """
 
+import argparse
+import copy
+
 import torch
 from measuring import (
     DTYPES,
@@ -95,15 +98,48 @@ def changes(args, tower):
         args, f"passes of {args.wide_pass} in place of {count} noisy images",
         passes_of(count), passes_of(args.wide_pass),
     ))  # fmt: skip
+    if args.int8:
+        rows += quantised(args, tower, noisy, pixels)
     if args.compile:
         eager = in_turn(args, {"eager": passes_of(count)})["eager"]
         tower.compile()
+        first = in_turn(argparse.Namespace(**vars(args) | {"repeats": 1}), {"first": passes_of(count)}, warm_up=0)[
+            "first"
+        ]
         seconds = in_turn(args, {"compiled": passes_of(count)})
         rows.append({
             "change": "torch.compile of the pass", "seconds_before": median(eager),
             "seconds_after": median(seconds["compiled"]), "times_faster": median(eager) / median(seconds["compiled"]),
-            "failure": tower._compiled_pass.failure,
+            "seconds_first_call": first[0], "failure": tower._compiled_pass.failure,
         })  # fmt: skip
+    return rows
+
+
+def quantised(args, tower, noisy, pixels):
+    """Rows for purifier and tower with their linear layers in int8 by torchao, which leaves convolutions as they are."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    def int8(module):
+        with torch.inference_mode(False):
+            module = copy.deepcopy(module)
+            quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        return module
+
+    purifier, model, sigma = tower.psm.purifier, tower.vision_tower, tower.config.sigma
+    calls = {
+        "U-Net": (purifier, lambda module: module(noisy, sigma)),
+        "tower": (model, lambda module: module(pixel_values=pixels).last_hidden_state),
+    }
+    rows = []
+    for name, (module, call) in calls.items():
+        fewer = int8(module)
+        for how in ("", ", both compiled"):
+            with torch.inference_mode(False):  # compiled code is kept for such calls and for others apart
+                one, other = (torch.compile(m) for m in (module, fewer)) if how else (module, fewer)
+            rows.append(against(
+                args, f"linear layers of the {name} in int8{how}",
+                lambda one=one, call=call: call(one), lambda other=other, call=call: call(other),
+            ))  # fmt: skip
     return rows
 
 
@@ -134,6 +170,7 @@ def main():
     made.add_argument("--pass-size", type=int, default=4, help="noisy images in a pass")
     made.add_argument("--wide-pass", type=int, default=8, help="the larger pass to compare with")
     made.add_argument("--compile", action="store_true")
+    made.add_argument("--int8", action="store_true", help="needs torchao")
     args = made.parse_args()
     prepare(args)
     if args.true_shapes:
