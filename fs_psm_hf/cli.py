@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .heap import keep_freed_memory
+
 
 app = typer.Typer(
     help="Feature-space smoothing for vision-language models, with certificates.",
@@ -378,6 +380,7 @@ def main():
     """Run the command line; a user's mistake is one line and exit code 2."""
     from huggingface_hub.errors import StrictDataclassError
 
+    keep_freed_memory()
     try:
         app()
     except (StrictDataclassError, ValueError, TypeError, OSError, ImportError) as error:

@@ -21,7 +21,7 @@ FOLDER = ROOT / "examples" / "benchmarks"
 # What every file says of the machine and of the run.
 COMMON = {
     "tower", "psm", "random_weights", "image_size", "dtype", "device", "threads", "clock", "repeats", "true_shapes",
-    "versions", "command",
+    "malloc", "versions", "command",
 }  # fmt: skip
 TINY = ["--tower", "tiny", "--psm", "tiny", "--image-size", 16, "--dtype", "float32", "--repeats", 2]
 
@@ -177,7 +177,8 @@ def test_engine(benchmark):
     assert [row["network"] for row in found["networks"]] == ["purifier", "tower"]
     for row in found["networks"]:
         assert row["share_of_matmul_rate"] == pytest.approx(row["floor_seconds"] / row["seconds"])
-    assert len(found["changes"]) == 5
+    assert len(found["changes"]) == 6
+    assert found["changes"][-1]["change"] == "freed memory kept"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "fs_psm_hf"
 # A module imports from its own layer and from those above it in this list, never from those below, and never in a
 # circle. A sub-package stands for all its modules; "" is fs_psm_hf/__init__.py.
 LAYERS = [
-    ["pixels", "noise", "certification.bounds", "certification.confidence", "certification.bands"],
+    ["heap", "pixels", "noise", "certification.bounds", "certification.confidence", "certification.bands"],
     [
         "configuration_fs_psm",
         "loading",

@@ -8,7 +8,6 @@ The floor of a network is its operations over the rate of a square matrix produc
 `share_of_matmul_rate` is floor over time: what a processor that only multiplies would reach is 1.
 """
 
-import argparse
 import copy
 
 import torch
@@ -27,6 +26,7 @@ from measuring import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from fs_psm_hf.heap import keep_freed_memory
 from fs_psm_hf.mapper import SmoothnessMapper
 
 
@@ -95,24 +95,31 @@ def changes(args, tower):
         return run
 
     rows.append(against(
-        args, f"passes of {args.wide_pass} in place of {count} noisy images",
-        passes_of(count), passes_of(args.wide_pass),
+        args, f"passes of {count} in place of {args.wide_pass} noisy images",
+        passes_of(args.wide_pass), passes_of(count),
     ))  # fmt: skip
     if args.int8:
         rows += quantised(args, tower, noisy, pixels)
+    eager = passes_of(count)
     if args.compile:
-        eager = in_turn(args, {"eager": passes_of(count)})["eager"]
+        before = in_turn(args, {"before": eager})["before"]
         tower.compile()
-        first = in_turn(argparse.Namespace(**vars(args) | {"repeats": 1}), {"first": passes_of(count)}, warm_up=0)[
-            "first"
-        ]
-        seconds = in_turn(args, {"compiled": passes_of(count)})
-        rows.append({
-            "change": "torch.compile of the pass", "seconds_before": median(eager),
-            "seconds_after": median(seconds["compiled"]), "times_faster": median(eager) / median(seconds["compiled"]),
-            "seconds_first_call": first[0], "failure": tower._compiled_pass.failure,
-        })  # fmt: skip
+        first = in_turn(args, {"first": eager}, warm_up=0, repeats=1)["first"]
+        row = one_after_the_other("torch.compile of the pass", before, in_turn(args, {"after": eager})["after"])
+        rows.append(row | {"seconds_first_call": first[0], "failure": tower._compiled_pass.failure})
+        tower._compiled_pass = None
+    if torch.device(args.device).type == "cpu":  # last, because there is no way back
+        before = in_turn(args, {"before": eager})["before"]
+        kept = keep_freed_memory()
+        row = one_after_the_other("freed memory kept", before, in_turn(args, {"after": eager}, warm_up=2)["after"])
+        rows.append(row | {"kept": kept})
     return rows
+
+
+def one_after_the_other(name, before, after):
+    """A row for what cannot be taken back and measured in turn."""
+    row = {"change": name, "seconds_before": median(before), "seconds_after": median(after)}
+    return row | {"times_faster": median(before) / median(after)}
 
 
 def quantised(args, tower, noisy, pixels):
@@ -167,7 +174,7 @@ def floors(args, tower):
 
 def main():
     made = parser(__doc__, image_size=224, repeats=5)
-    made.add_argument("--pass-size", type=int, default=4, help="noisy images in a pass")
+    made.add_argument("--pass-size", type=int, default=2, help="noisy images in a pass")
     made.add_argument("--wide-pass", type=int, default=8, help="the larger pass to compare with")
     made.add_argument("--compile", action="store_true")
     made.add_argument("--int8", action="store_true", help="needs torchao")

@@ -148,7 +148,7 @@ def clock(args):
     return time.process_time() if args.threads == 1 else time.perf_counter()
 
 
-def in_turn(args, functions, warm_up=1):
+def in_turn(args, functions, warm_up=1, repeats=None):
     """Seconds of each function: `repeats` rounds, in each of them every function once.
 
     Args:
@@ -161,7 +161,7 @@ def in_turn(args, functions, warm_up=1):
         for function in functions.values():
             function()
     seconds = {name: [] for name in functions}
-    for _ in range(args.repeats):
+    for _ in range(repeats or args.repeats):
         for name, function in functions.items():
             start = clock(args)
             function()
@@ -238,6 +238,7 @@ def report(args, **found):
         "clock": "process time" if args.device == "cpu" and args.threads == 1 else "wall",
         "repeats": args.repeats,
         "true_shapes": args.true_shapes,
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "versions": versions(),
         "command": f"python examples/benchmarks/{Path(sys.argv[0]).name} {_options()}".strip(),
     }

@@ -4,6 +4,7 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
+from ..heap import keep_freed_memory
 from .arguments import make_parser, parse_arguments
 from .trainer import TrainingDiverged, train
 
@@ -14,6 +15,7 @@ def main(argv=None):
     if "--help" in argv or "-h" in argv:
         sys.stdout.write(make_parser().format_help())
         return
+    keep_freed_memory()
     try:
         train(parse_arguments(argv))
     except (StrictDataclassError, ValueError, TypeError, OSError, ImportError) as error:
