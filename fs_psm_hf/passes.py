@@ -112,7 +112,8 @@ class Passes:
 
     def _limit(self, pixel_values):
         """Most noisy images in one pass."""
-        return self.config.max_batch_size or default_batch_size(*pixel_values.shape[2:], pixel_values.device)
+        height, width = pixel_values.shape[2:]
+        return self.config.max_batch_size or default_batch_size(height, width, pixel_values.device, self.psm.purifier)
 
     def _statistics(self, images, values=None):
         mean, std = values or (self.config.image_mean, self.config.image_std)

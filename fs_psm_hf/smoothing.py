@@ -4,18 +4,20 @@ import torch
 
 
 # Most noisy images, and most of their pixels, in one pass when nobody says otherwise. On a CPU larger passes fall out of
-# its caches, and their activations are fetched from the system anew in every layer (`heap.py`): passes of 2 photographs of 224
-# pixels take two thirds of the time of passes of 8 (`examples/benchmarks/engine.py`).
+# its caches, and their activations are fetched from the system anew in every layer (`heap.py`): it is the U-Net's that
+# count, and a U-Net that works on patches has fewer (`examples/benchmarks/engine.py`).
 _MOST_ROWS = {"cpu": 64}
 _MOST_PIXELS = {"cpu": 2 * 224 * 224}
 _MOST_ROWS_ACCELERATOR = 512
 _MOST_PIXELS_ACCELERATOR = 64 * 224 * 224
 
 
-def default_batch_size(height, width, device):
-    """Noisy images per pass for images of this size on this device."""
+def default_batch_size(height, width, device, purifier=None):
+    """Noisy images per pass for images of this size on this device, through this purifier."""
     kind = torch.device(device).type
     pixels = _MOST_PIXELS.get(kind, _MOST_PIXELS_ACCELERATOR)
+    if kind == "cpu":
+        pixels *= (2 if purifier is None else getattr(purifier, "patch", 1)) ** 2
     return max(1, min(_MOST_ROWS.get(kind, _MOST_ROWS_ACCELERATOR), pixels // (height * width)))
 
 

@@ -261,7 +261,7 @@ class Encoder:
         """Most noisy images in one pass."""
         height, width = self.size or images.shape[2:]
         given = self.max_batch_size or self.tower.config.max_batch_size
-        return given or default_batch_size(height, width, images.device)
+        return given or default_batch_size(height, width, images.device, self.tower.psm.purifier)
 
 
 def _differentiate(outputs, view, weights):
