@@ -174,16 +174,16 @@ def floors(args, tower):
 
 def main():
     made = parser(__doc__, image_size=224, repeats=5)
-    made.add_argument("--pass-size", type=int, default=2, help="noisy images in a pass")
-    made.add_argument("--wide-pass", type=int, default=8, help="the larger pass to compare with")
+    made.add_argument("--pass-size", type=int, help="noisy images in a pass (default: the tower's own)")
+    made.add_argument("--wide-pass", type=int, help="the larger pass to compare with (default: four times that)")
     made.add_argument("--compile", action="store_true")
     made.add_argument("--int8", action="store_true", help="needs torchao")
     args = made.parse_args()
     prepare(args)
-    if args.true_shapes:
-        args.pass_size, args.wide_pass = max(args.pass_size, 64), max(args.wide_pass, 128)
     with torch.inference_mode():
         tower = smoothed_tower(args)
+        args.pass_size = args.pass_size or tower._limit(pixel_values(args, 1))
+        args.wide_pass = args.wide_pass or 4 * args.pass_size
         rate, networks = floors(args, tower)
         rates = {name: matmul_rate(args, dtype) for name, dtype in DTYPES.items()}
         rows = changes(args, tower)
