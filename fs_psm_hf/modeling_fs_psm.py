@@ -351,6 +351,7 @@ class SmoothedVisionTower(Passes, RemembersFeatures, StrictLoading, PreTrainedMo
 
     @torch.no_grad()
     def _stream(self, pixel_values, image_ids, draws, feature, unit, setting):
+        setting["fill"] = min(len(draws), setting["limit"])
         for first in draws[:: setting["limit"]]:
             samples = range(first, min(first + setting["limit"], draws.stop))
             rows = []

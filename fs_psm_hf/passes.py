@@ -1,5 +1,7 @@
 """One pass: noisy copies of some images go through purifier, wrapped tower and mapper."""
 
+import functools
+
 import torch
 
 from .compiled import CompiledPass
@@ -17,7 +19,7 @@ class Passes:
     def compile(self, *args, **kwargs):
         """`torch.compile` of one pass (noise to features); the loop around it stays Python and its shapes stay fixed.
 
-        Where a pass does not compile, the log says so once and the passes run eagerly. `mode="reduce-overhead"` replays CUDA
+        Passes that are differentiated run eagerly, and where a pass does not compile, the log says so once and all do. `mode="reduce-overhead"` replays CUDA
         graphs; features are copied out of them, so that those of one pass outlive the next.
         """
         self._compiled_pass = CompiledPass(self._network, *args, **kwargs)
@@ -25,8 +27,8 @@ class Passes:
 
     @property
     def compiled(self):
-        """Whether the passes run under `torch.compile`: it was asked for and has not failed."""
-        return self._compiled_pass is not None and self._compiled_pass.failure is None
+        """How passes without gradients are compiled, `"inductor"` for example; `None` where they are not, or not any more."""
+        return None if self._compiled_pass is None or self._compiled_pass.failure else self._compiled_pass.mode
 
     @property
     def _selection(self):
@@ -120,7 +122,18 @@ class Passes:
         return channel_tensor(mean, images), channel_tensor(std, images)
 
     def _passes(
-        self, model, selection, pixel_values, options, seed, image_ids, sigma, samples, limit, statistics=None
+        self,
+        model,
+        selection,
+        pixel_values,
+        options,
+        seed,
+        image_ids,
+        sigma,
+        samples,
+        limit,
+        statistics=None,
+        fill=None,
     ):
         """Run every pass of a call.
 
@@ -129,6 +142,7 @@ class Passes:
             limit (`int`): most noisy images in one pass.
             statistics (pair of `tuple`, *optional*): mean and standard deviation of the normalisation; those of the
                 configuration where not given.
+            fill (`int`, *optional*): draws in a full pass, where these `samples` are a part of more.
 
         Yields:
             `tuple[slice, ModelOutput]`: some images, of one size, and the wrapped tower's answer for their draws.
@@ -142,7 +156,9 @@ class Passes:
         statistics = self._statistics(images, statistics)
         if self.psm.purifier is not None:
             images = to_unit(images, *statistics)
-        network = self._compiled_pass or self._network
+        network = self._network
+        if self._compiled_pass is not None:
+            network = functools.partial(self._compiled_pass, fill=fill or min(len(samples), limit))
         for chosen, numbers in plan_passes(batch_size, len(samples), limit, samples.start):
             count, parts, runs = len(numbers), [chosen], [images[chosen]]
             if sizes is not None:

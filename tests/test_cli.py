@@ -115,7 +115,7 @@ def test_an_unreadable_file_is_reported_and_the_rest_goes_on(monkeypatch, capsys
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_mode_asked_for_is_the_one_recorded(works, monkeypatch, tmp_path, tower, folder):
-    """A pass that does not compile makes eager certificates, and the file says so from its first line on."""
+    """A pass that does not compile makes certificates of eager draws, which say so, and the run goes on as any other."""
 
     def backend(graph, inputs):
         if not works:
@@ -127,8 +127,13 @@ def test_the_mode_asked_for_is_the_one_recorded(works, monkeypatch, tmp_path, to
     output, options = tmp_path / "out.jsonl", ["--num-samples", 300, "--seed", 4, "--dtype", "bfloat16", "--compile"]
     assert run(monkeypatch, "certify", "--tower", tower, "--images", folder, "--output", output, *options) == 0
     header, *images, summary = lines(output)
-    assert (header["dtype"], header["compiled"], header["quantization"]) == ("bfloat16", works, None)
-    assert {entry["compiled"] for line in images for entry in line["certificates"]} == {works}
+    assert (header["dtype"], header["compile"]) == ("bfloat16", "inductor")  # asked for
+    assert {entry["compiled"] for line in images for entry in line["certificates"]} == {"inductor" if works else None}
+    written = lines(output)
+    output.write_text("\n".join(output.read_text().splitlines()[:2]) + "\n")
+    again = ["certify", "--tower", tower, "--images", folder, "--output", output, *options, "--resume"]
+    assert run(monkeypatch, *again) == 0
+    assert lines(output)[1:-1] == written[1:-1]
     assert "--dtype bfloat16 --compile" in summary["command"]
 
 

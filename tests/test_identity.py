@@ -135,14 +135,14 @@ def test_a_label_certificate_is_held_against_a_tower_too():
         certificate.verify(tower)
 
 
-def test_the_mode_is_recorded_and_an_older_certificate_was_eager():
+def test_the_mode_is_recorded_and_an_older_certificate_was_not_compiled():
     tower = smoothed_tower(sigma=0.2)
     tower.compile(backend="eager")
     certificate = certificate_of(tower)
-    assert certificate.compiled
+    assert certificate.compiled == "eager"
     assert certificate.quantization is None
     certificate.verify(tower)
-    with pytest.raises(ValueError, match="`compiled` was True, this tower has False"):
+    with pytest.raises(ValueError, match="`compiled` was 'eager', this tower has None"):
         certificate.verify(smoothed_tower(sigma=0.2))
     values = certificate_of(smoothed_tower(sigma=0.2)).to_dict()
     del values["compiled"], values["quantization"]

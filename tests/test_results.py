@@ -208,14 +208,27 @@ def test_the_attacked_tables_are_the_measured_ones(monkeypatch):
     assert all(0.8 <= asr <= 0.9 for asr in strength.values())
 
 
-def test_the_speed_in_the_readme_is_the_measured():
-    readme, results = (ROOT / "README.md").read_text(), {}
-    for name in ("overhead", "certify_throughput_psm", "certify_to_radius", "engine_psm"):
-        results[name] = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
-        assert (results[name]["threads"], results[name]["device"].startswith("Intel")) == (1, True)
-    ratios = [row["ratio"] for row in results["overhead"]["rows"]]
-    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} times" in readme
-    assert f"draws {results['certify_throughput_psm']['throughput']['ratio']:.1f} times as many" in readme
-    assert f"needs {results['certify_to_radius']['median_ratio_of_draws']:.0f} times fewer" in readme
-    layout = next(one for one in results["engine_psm"]["changes"] if "channels-last" in one["change"])
-    assert f"layout is {layout['times_faster']:.2f} times as fast" in readme
+def test_the_speed_in_the_readme_is_the_measured(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed_table
+
+    readme = (ROOT / "README.md").read_text()
+    for name in ("ratios", "modes", "tradeoff"):
+        table = getattr(speed_table, f"{name}_table")()
+        assert f"\n{table}\n" in readme, table
+    kept = speed_table.change(speed_table.load("engine_psm"), "freed memory kept")
+    assert f"{kept:.2f} times as fast for this\npurifier" in readme
+
+
+def test_the_figures_at_scale_follow_from_the_measured_throughput(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed_table
+
+    found = speed_table.load("certify_throughput_psm")
+    rate, usual = (found["throughput"][f"draws_per_second_{which}"] for which in ("ours", "usual"))
+    text = (BENCHMARKS / "scale.md").read_text()
+    assert f"{rate:.1f} draws per second (the usual float32\nloop: {usual:.1f})" in text
+    hours = 10_000 / (rate * 3600)
+    assert f"| a certificate, 10,000 draws | 10⁴ | {hours:.2f} |" in text
+    assert f"| 5·10⁸ | {round(50_000 * hours, -2):,.0f} |" in text
+    assert f"{4e6 / rate / 3600:.0f} a day" in text

@@ -16,6 +16,7 @@ adaptive layer-cake bound stops as soon as it certifies as much. `--radius-only`
 takes, with the layer that its host reads, and three photographs of scikit-image: there the weights matter.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -37,6 +38,7 @@ from PIL import Image
 from skimage import data
 
 from fs_psm_hf import certify_features, certify_scores
+from fs_psm_hf.certification.certify import draw_scores
 from fs_psm_hf.certification.identity import describe
 from fs_psm_hf.inputs import load_tower
 from fs_psm_hf.pixels import channel_tensor, from_unit
@@ -78,9 +80,10 @@ def throughput(args, tower):
     facts = describe(tower)  # the weights are hashed once for a folder of images, so not in the time of one
 
     def ours():
-        last["ours"] = certify_features(
-            tower, image, num_samples=args.num_samples, anchor=anchor[None], method="betting", generator=args.seeds.pop()
-        )[0]  # fmt: skip
+        seed = args.seeds.pop()
+        (draws,) = draw_scores(tower, image, anchor=anchor[None], generator=seed, description=facts)
+        found = certify_scores(draws.take(args.num_samples), sigma=args.sigma, epsilons=[0.125], method="betting")
+        last["ours"] = dataclasses.replace(found, **draws.record)
 
     def usual():
         last["usual"] = usual_loop(plain, image, anchor, args.num_samples, args.sigma, args.loop_batch_size)

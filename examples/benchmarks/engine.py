@@ -9,6 +9,7 @@ The floor of a network is its operations over the rate of a square matrix produc
 """
 
 import copy
+import time
 
 import torch
 from measuring import (
@@ -24,6 +25,7 @@ from measuring import (
     smoothed_tower,
     usual_denoise,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fs_psm_hf.heap import keep_freed_memory
@@ -32,7 +34,8 @@ from fs_psm_hf.mapper import SmoothnessMapper
 
 def operations(function):
     """Floating point operations of the products and convolutions of a call."""
-    with FlopCounterMode(display=False) as counter:
+    # The counter knows attention on a CPU only as the products it is made of.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
@@ -100,26 +103,33 @@ def changes(args, tower):
     ))  # fmt: skip
     if args.int8:
         rows += quantised(args, tower, noisy, pixels)
-    eager = passes_of(count)
+    here = passes_of(count)
     if args.compile:
-        before = in_turn(args, {"before": eager})["before"]
         tower.compile()
-        first = in_turn(args, {"first": eager}, warm_up=0, repeats=1)["first"]
-        row = one_after_the_other("torch.compile of the pass", before, in_turn(args, {"after": eager})["after"])
-        rows.append(row | {"seconds_first_call": first[0], "failure": tower._compiled_pass.failure})
+        compiled = tower._compiled_pass
+        start = time.perf_counter()  # of the wall: the compiler is another process
+        here()
+        first = time.perf_counter() - start
+
+        def switched(to):
+            def run():
+                tower._compiled_pass = to
+                here()
+
+            return run
+
+        row = against(args, "torch.compile of the pass", switched(None), switched(compiled))
+        rows.append(row | {"seconds_first_call": first, "failure": compiled.failure})
         tower._compiled_pass = None
-    if torch.device(args.device).type == "cpu":  # last, because there is no way back
-        before = in_turn(args, {"before": eager})["before"]
+    if torch.device(args.device).type == "cpu":  # last, and not in turn, because there is no way back
+        before = median(in_turn(args, {"before": here})["before"])
         kept = keep_freed_memory()
-        row = one_after_the_other("freed memory kept", before, in_turn(args, {"after": eager}, warm_up=2)["after"])
-        rows.append(row | {"kept": kept})
+        after = median(in_turn(args, {"after": here}, warm_up=2)["after"])
+        rows.append({
+            "change": "freed memory kept", "seconds_before": before, "seconds_after": after, "times_faster": before / after,
+            "kept": kept,
+        })  # fmt: skip
     return rows
-
-
-def one_after_the_other(name, before, after):
-    """A row for what cannot be taken back and measured in turn."""
-    row = {"change": name, "seconds_before": median(before), "seconds_after": median(after)}
-    return row | {"times_faster": median(before) / median(after)}
 
 
 def quantised(args, tower, noisy, pixels):

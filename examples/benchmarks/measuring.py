@@ -21,6 +21,7 @@ from fs_psm_hf import PSMConfig, PSMModel, SmoothedVisionTower
 from fs_psm_hf.certification.identity import short_name
 from fs_psm_hf.certification.results_file import versions
 from fs_psm_hf.pixels import channel_tensor, from_unit, to_unit
+from fs_psm_hf.purifier import DiffusionPurifier
 
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -112,6 +113,16 @@ def pixel_values(args, count, seed=0):
 
 def usual_denoise(purifier, noisy, sigma):
     """The light purifier as it is usually written: the layout of the weights, a row of every constant per image."""
+    height, width = noisy.shape[-2:]
+    if (
+        isinstance(purifier, DiffusionPurifier)
+        or height % purifier.downsample_factor
+        or width % purifier.downsample_factor
+    ):
+        raise ValueError(
+            f"`--psm` must have a light U-Net whose factor {purifier.downsample_factor} divides `--image-size` {height}: the usual "
+            f"way is restated for that alone, got a {type(purifier).__name__}"
+        )
     levels = torch.full((len(noisy),), sigma, device=noisy.device)
     c_skip, c_out, c_in, c_noise = purifier.scalings(levels)
     c_skip, c_out, c_in = (c[:, None, None, None] for c in (c_skip, c_out, c_in))
@@ -148,7 +159,7 @@ def clock(args):
     return time.process_time() if args.threads == 1 else time.perf_counter()
 
 
-def in_turn(args, functions, warm_up=1, repeats=None):
+def in_turn(args, functions, warm_up=1):
     """Seconds of each function: `repeats` rounds, in each of them every function once.
 
     Args:
@@ -161,7 +172,7 @@ def in_turn(args, functions, warm_up=1, repeats=None):
         for function in functions.values():
             function()
     seconds = {name: [] for name in functions}
-    for _ in range(repeats or args.repeats):
+    for _ in range(args.repeats):
         for name, function in functions.items():
             start = clock(args)
             function()

@@ -27,7 +27,8 @@ def largest_pass(args, tower, budget):
         images = pixel_values(args, 1)
         try:
             peak = peak_memory(args, call(tower, images, size, size))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # out of memory, or more elements than a kernel counts
+            print(f"{size} noisy images in one pass: {error}", flush=True)
             torch.cuda.empty_cache()
             break
         if peak > budget:

@@ -3,10 +3,10 @@
     python examples/benchmarks/train_throughput.py --json train_throughput.json
     python examples/benchmarks/train_throughput.py --device cuda --true-shapes --json train_throughput_gpu.json
 
-Ours is one step of `fs-psm train` with its own arguments, on a tower and images that are written to a temporary folder. The
-usual way, restated: one graph over all n₀ draws, the tower's weights not frozen, so that their gradients are made and
-thrown away, the clean features made anew beside it, and for the mapper a graph through purifier and tower too. Both compute
-in float32, or under bfloat16 autocast, and make one AdamW step of the same part with the same losses but l_diff and l_id.
+Ours is one step of `fs-psm train` with its own arguments, on a tower and images that are written to a temporary folder: one draw
+after the other. The usual way, restated: one graph over all n₀ draws, all frozen but what is trained, the clean features made
+once per step. Both compute in float32, or under bfloat16 autocast, and make one AdamW step of the same part with the same
+losses but l_diff and l_id.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def trainer(args, folder, stage):
 
 
 def usual_step(own, images, optimizer, autocast):
-    """One optimiser step on all draws at once, nothing frozen but by the optimiser's choice."""
+    """One optimiser step on all draws at once."""
     args, psm, tower = own.args, own.psm, own.tower
     model = tower.tower.vision_tower
     count = args.num_samples
@@ -59,7 +59,8 @@ def usual_step(own, images, optimizer, autocast):
     noisy = images.repeat(count, 1, 1, 1)
     noisy = noisy + args.sigma * torch.randn_like(noisy)
     with autocast():
-        clean = model(pixel_values=from_unit(images, mean, std)).last_hidden_state.repeat(count, 1, 1)
+        with torch.no_grad():
+            clean = model(pixel_values=from_unit(images, mean, std)).last_hidden_state.repeat(count, 1, 1)
         purified = usual_denoise(psm.purifier, noisy, args.sigma)
         features = model(pixel_values=from_unit(purified, mean, std)).last_hidden_state
         if args.stage == "purifier":
@@ -71,8 +72,7 @@ def usual_step(own, images, optimizer, autocast):
         loss = loss + args.lambda_rb * losses.cosine_loss(tower.vector(features), tower.vector(clean))
     loss.backward()
     optimizer.step()
-    for part in (psm, model):
-        part.zero_grad()
+    psm.zero_grad()
     return loss.item()
 
 
@@ -80,7 +80,8 @@ def measure(args, folder, stage):
     """Steps per second and bytes of one stage."""
     own = trainer(args, folder, stage)
     own.stage.train()
-    frozen = own.tower.tower
+    own.psm.requires_grad_(False)
+    own.stage.trained.requires_grad_(True)
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     optimizer = torch.optim.AdamW(own.stage.trained.parameters(), lr=1e-6)
     kind = torch.device(args.device).type
@@ -89,11 +90,9 @@ def measure(args, folder, stage):
         return torch.autocast(kind, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
 
     def ours():
-        frozen.requires_grad_(False)
         own._backward(images, list(range(args.batch_size)))
 
     def usual():
-        frozen.requires_grad_(True)
         usual_step(own, images, optimizer, autocast)
 
     ours()  # also makes the state of the optimiser

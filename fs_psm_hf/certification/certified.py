@@ -16,7 +16,7 @@ class Certified:
         model, psm (`str`): where the wrapped tower, and purifier and mapper, came from.
         model_hash (`str`): SHA-256 of all weights and of every setting that shapes the function; see `model_hash`.
         dtype, attention (`str`): precision of the weights, attention kernel.
-        compiled (`bool`): whether the passes ran under `torch.compile`, which rounds in another way.
+        compiled (`str`): backend and options of `torch.compile`, under which all draws were made; `None` for eager ones.
         quantization (`str`): classes of quantised weights and where they are, `None` without.
         image_size (`tuple[int, int]`): height and width.
         image_mean, image_std (`tuple[float, ...]`): normalisation of the pixels.
@@ -37,7 +37,7 @@ class Certified:
     psm: str | None = None
     dtype: str | None = None
     attention: str | None = None
-    compiled: bool = False
+    compiled: str | None = None
     quantization: str | None = None
     image_size: tuple[int, int] | None = None
     image_mean: tuple[float, ...] | None = None
@@ -68,7 +68,7 @@ class Certified:
     def verify(self, tower, pixel_values=None) -> None:
         """Refuse a tower that is not the one that was certified, setting for setting and weight for weight.
 
-        The served number of draws is compared where the certificate speaks of it (`deployed`). What neither weights nor
+        A tower that is to be compiled counts as compiled until a pass of it has failed to. The served number of draws is compared where the certificate speaks of it (`deployed`). What neither weights nor
         configuration show, such as a hook on a module, is not seen.
 
         Args:

@@ -69,6 +69,7 @@ class Draws:
         self.tower, self.image, self.reduce, self.progress = tower, image, reduce, progress
         self.stream = {"generator": seed, "image_ids": [image_id]} | options
         self.image_id, self.values = image_id, None
+        self.compiled = None  # the mode of the draws, which are all of one
         self.features = [] if keep else None
 
     def take(self, num_samples) -> np.ndarray:
@@ -76,33 +77,43 @@ class Draws:
 
         Raises:
             ValueError: a feature is NaN or infinite.
-            RuntimeError: the first draws were compiled and the others not.
         """
         done = 0 if self.values is None else len(self.values)
         if done < num_samples:
-            found, compiled = [], self.tower.compiled
-            with torch.inference_mode():
-                for chunk in self.tower.sample_features(self.image, num_samples - done, start=done, **self.stream):
-                    # Values stay on the device until the end, so that no chunk waits for the transfer of the one before.
-                    found.append(self.reduce(chunk[0]))
-                    if self.features is not None:
-                        self.features.append(chunk[0].cpu())
-                    if self.progress is not None:
-                        self.progress.update(chunk.shape[1])
-                values = torch.cat(found).cpu().double().numpy()
-            if self.tower.compiled != compiled:
-                raise RuntimeError(
-                    f"`torch.compile` failed among the draws of image {self.image_id}, so that they are of two modes: certify "
-                    "again, the passes run without it now"
-                )
-            bad = np.count_nonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+            mode = self.tower.compiled
+            if done and mode != self.compiled:
+                done = self._forget()
+            found = self._draw(done, num_samples)
+            if self.tower.compiled != mode:
+                # A pass failed to compile among these draws: all again, in the mode that is left.
+                mode, done = self.tower.compiled, self._forget()
+                found = self._draw(0, num_samples)
+            self.compiled = mode
+            bad = np.count_nonzero(~np.isfinite(found).reshape(len(found), -1).all(1))
             if bad:
                 raise ValueError(
-                    f"`tower` gave a NaN or infinite feature in {bad} of {len(values)} draws of image {self.image_id}, "
+                    f"`tower` gave a NaN or infinite feature in {bad} of {len(found)} draws of image {self.image_id}, "
                     "all must be finite (a half-precision overflow?)"
                 )
-            self.values = values if done == 0 else np.concatenate([self.values, values])
+            self.values = found if done == 0 else np.concatenate([self.values, found])
         return self.values[:num_samples]
+
+    def _draw(self, start, stop):
+        found = []
+        with torch.inference_mode():
+            for chunk in self.tower.sample_features(self.image, stop - start, start=start, **self.stream):
+                # Values stay on the device until the end, so that no chunk waits for the transfer of the one before.
+                found.append(self.reduce(chunk[0]))
+                if self.features is not None:
+                    self.features.append(chunk[0].cpu())
+                if self.progress is not None:
+                    self.progress.update(chunk.shape[1])
+            return torch.cat(found).cpu().double().numpy()
+
+    def _forget(self):
+        self.values = None
+        self.features = None if self.features is None else []
+        return 0
 
 
 class ScoreDraws(Draws):
@@ -125,7 +136,9 @@ class ScoreDraws(Draws):
 
     def take(self, num_samples) -> np.ndarray:
         """The first scores, of shape `(num_samples,)`, or `(tokens, num_samples)` with `per_token`."""
-        return ((1.0 + super().take(num_samples)) / 2.0).T
+        products = super().take(num_samples)
+        self.record["compiled"] = self.compiled
+        return ((1.0 + products) / 2.0).T
 
 
 def served_tower(model):
@@ -172,16 +185,8 @@ def check_certifiable(tower, pixel_values):
         )
 
 
-def settle(tower, pixel_values, feature):
-    """Compile a pass now, where the tower is to be compiled, so that what is recorded of the mode is what is drawn."""
-    if tower.compiled:
-        next(tower.sample_features(pixel_values[:1], tower._limit(pixel_values), feature, generator=0))
-
-
 def describe_run(tower, pixel_values, feature, generator, center=None, description=None) -> dict:
     """The fields of [`Certified`] that are common to the images of one call, the resolved seed among them."""
-    if description is None:
-        settle(tower, pixel_values, feature)
     return {
         **(description or describe(tower)),
         "model": model_name(tower),

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..configuration_fs_psm import check_smoothing
 from ..noise import resolve_seed
 from .adaptive import look_schedule
-from .certify import draw_scores, null_level_of_sum, settle
+from .certify import draw_scores, null_level_of_sum
 from .identity import describe, model_name, psm_name, vector_hash
 from .results_file import ResultsFile, versions
 from .saved import load_draws, save_draws, saved_path
@@ -57,17 +57,16 @@ def certify_folder(
         raise ValueError("`--save-features` needs `--save-scores`, the folder to save them in")
     served = tower.config.num_samples if tower.serves(feature) and center is None and not per_token else None
     question.check(sigma, served)
-    # Of the first image that can be read; where there is none, nothing is certified either.
-    for pixels in _images(tower, processor, root, files):
-        if question.classifier is not None:
+    if question.classifier is not None:
+        # Of the first image that can be read; where there is none, nothing is certified either.
+        for pixels in _images(tower, processor, root, files):
             question.check_width(tower.clean_features(pixels, feature).shape[-1])
-        settle(tower, pixels, feature)
-        break
+            break
     description = describe(tower)
     asked = {
         **(settings or {}), **question.settings(), "sigma": sigma, "served_samples": served,
         "anchor": anchor, "feature": feature, "per_token": per_token, "center": center is not None and vector_hash(center),
-        **description, "model": model_name(tower), "psm": psm_name(tower), "device": tower.device.type,
+        **_asked_mode(description), "model": model_name(tower), "psm": psm_name(tower), "device": tower.device.type,
         "max_batch_size": tower.config.max_batch_size, "seed": resolve_seed(seed),
         "seed_source": "os" if seed is None else "given",
     }  # fmt: skip
@@ -126,6 +125,13 @@ def certify_folder(
     facts = {"null_cosine": null_cosine, "command": command, "versions": versions()}
     unreadable = results.close(files, lambda lines: summarize(lines) | facts)
     return results, unreadable
+
+
+def _asked_mode(description):
+    """What the header says of the mode: that compiling was asked for, each line whether it worked; as before without either."""
+    modes = {"compile": description["compiled"], "quantization": description["quantization"]}
+    rest = {name: value for name, value in description.items() if name not in ("compiled", "quantization")}
+    return rest | {name: value for name, value in modes.items() if value is not None}
 
 
 def one_of_several(device) -> PartialState:

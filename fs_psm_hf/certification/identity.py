@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -104,8 +105,10 @@ def _plain_parts(name, tensor):
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return
-    for inner in tensor.__tensor_flatten__()[0]:
-        yield from _plain_parts(f"{name}.{type(tensor).__name__}.{inner}", getattr(tensor, inner))
+    inner_names, context = tensor.__tensor_flatten__()
+    told = re.sub("0x[0-9a-f]+", "", repr(context))  # settings such as whether activations are quantised too
+    for inner in inner_names:
+        yield from _plain_parts(f"{name}.{type(tensor).__name__}({told}).{inner}", getattr(tensor, inner))
 
 
 def _settings(config):

@@ -221,7 +221,9 @@ def certify_labels(
                 progress=bar, feature=feature,
             )  # fmt: skip
             certificate = certify_logits(draws.take(num_samples), classifier, **options)
-            found.append(dataclasses.replace(certificate, **record, image_id=image_id))
+            found.append(
+                dataclasses.replace(certificate, **record | {"image_id": image_id, "compiled": draws.compiled})
+            )
     return found
 
 

@@ -90,7 +90,7 @@ def load_draws(folder) -> list[SavedDraws]:
     first = found[0]
     for draws in found[1:]:
         for name, value in (first.record | first.facts).items():
-            other = (draws.record | draws.facts)[name]
+            other = (draws.record | draws.facts).get(name)
             if name not in (*own, "record", "file") and other != value:
                 raise ValueError(
                     f"`--from-scores` {folder} mixes scores of {name} {value!r} ({first.facts['file']}) and "
