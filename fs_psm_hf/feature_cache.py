@@ -183,7 +183,7 @@ class RemembersFeatures:
         cache, count = self._feature_cache, len(pixel_values)
         keys = None
         if cache is not None and cache.belongs_to(self) and not own_noise and self._answers_may_be_kept(pixel_values):
-            keys = image_keys((settings, _defaults(self.vision_tower.config)), pixel_values, options)
+            keys = image_keys((settings, self.compiled, _defaults(self.vision_tower.config)), pixel_values, options)
         if keys is None:
             return compute(pixel_values, options)
 

@@ -68,8 +68,9 @@ class Certified:
     def verify(self, tower, pixel_values=None) -> None:
         """Refuse a tower that is not the one that was certified, setting for setting and weight for weight.
 
-        A tower that is to be compiled counts as compiled until a pass of it has failed to. The served number of draws is compared where the certificate speaks of it (`deployed`). What neither weights nor
-        configuration show, such as a hook on a module, is not seen.
+        The served number of draws is compared where the certificate speaks of it (`deployed`). A tower that is to be compiled
+        counts as compiled until a pass of it has failed to. What neither weights nor configuration show, such as a hook on
+        a module, is not seen.
 
         Args:
             tower ([`SmoothedVisionTower`]): the tower that is served.

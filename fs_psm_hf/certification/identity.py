@@ -65,7 +65,7 @@ def quantization(tower):
     found = set()
     for name, weight in tower.named_parameters():
         if type(weight) is not torch.nn.Parameter:
-            part = next(part for part in ("vision_tower", "psm.purifier", "psm.mapper") if name.startswith(part))
+            part = next(part for part in ("vision_tower", "psm.purifier", "psm.mapper", "") if name.startswith(part))
             found.add(f"{type(weight).__name__} in {part}")
     return ", ".join(sorted(found)) or None
 
