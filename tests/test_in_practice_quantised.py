@@ -16,11 +16,11 @@ if importlib.util.find_spec("torchao") is None:
     pytest.skip("torchao is not installed", allow_module_level=True)
 
 from test_in_practice import SETTINGS, logits, smoothed_llava
-from tiny_models import images, llava, llava_inputs, psm_model
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from tiny_models import images, llava, llava_inputs, psm_model, smoothed_tower
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import LlavaForConditionalGeneration, TorchAoConfig
 
-from fs_psm_hf import SmoothedVisionTower, attach, detach
+from fs_psm_hf import SmoothedVisionTower, attach, certify_features, detach
 
 
 # By whole names: "vision_tower" alone matches no module of the loader.
@@ -77,3 +77,20 @@ def test_loaded_saved_and_loaded_again(order, tmp_path):
     torch.testing.assert_close(logits(again), logits(host), rtol=0, atol=1e-6)
     plain = detach(again)
     assert torch.equal(plain(images()).last_hidden_state, llava().model.vision_tower(images()).last_hidden_state)
+
+
+def test_a_certificate_of_a_quantised_tower_says_so_and_is_of_that_mode_alone():
+    found = {}
+    for config in (None, Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()):
+        tower = smoothed_tower(psm=psm_model(), sigma=0.2)
+        if config is not None:
+            quantize_(tower.vision_tower, config)
+        (certificate,) = certify_features(tower, images(1), num_samples=100, generator=1)
+        certificate.verify(tower)
+        found[certificate.model_hash] = certificate.quantization
+    assert len(found) == 3
+    plain, *quantised = found.values()
+    assert plain is None
+    assert all(said.endswith("Tensor in vision_tower") for said in quantised)
+    with pytest.raises(ValueError, match="`quantization` was '.*', this tower has None"):
+        certificate.verify(smoothed_tower(psm=psm_model(), sigma=0.2))
