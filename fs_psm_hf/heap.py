@@ -12,7 +12,7 @@ def keep_freed_memory():
     """Tell the C library of this process to use freed memory again and not to return it to the system.
 
     glibc asks the system for every block above 32 MiB and gives it back at once, so a U-Net on a CPU spends its time in page
-    faults (`examples/benchmarks/engine.py`). The process keeps its peak until it ends, which is right for a command and
+    faults (`examples/benchmarks/kept_memory.py`). The process keeps its peak until it ends, which is right for a command and
     perhaps not for a program that embeds this package: nobody calls it there. From outside, the same is
     `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000`.
 

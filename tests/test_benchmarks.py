@@ -47,7 +47,7 @@ def benchmark(monkeypatch, tmp_path):
 
 
 def test_overhead(benchmark):
-    found = benchmark("overhead.py", *TINY, "--batch-sizes", 1, 2, "--num-samples", 1, 3)
+    found = benchmark("overhead.py", *TINY, "--at-least", 0, "--batch-sizes", 1, 2, "--num-samples", 1, 3)
     assert set(found) == COMMON | {"rows", "worst_ratio"}
     assert [(row["batch_size"], row["num_samples"]) for row in found["rows"]] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     assert found["worst_ratio"] == max(row["ratio"] for row in found["rows"])
@@ -177,8 +177,13 @@ def test_engine(benchmark):
     assert [row["network"] for row in found["networks"]] == ["purifier", "tower"]
     for row in found["networks"]:
         assert row["share_of_matmul_rate"] == pytest.approx(row["floor_seconds"] / row["seconds"])
-    assert len(found["changes"]) == 6
-    assert found["changes"][-1]["change"] == "freed memory kept"
+    assert len(found["changes"]) == 5
+
+
+def test_kept_memory(benchmark):
+    found = benchmark("kept_memory.py", *TINY, "--calls", 2)
+    assert set(found) == COMMON | {"pass_size", "seconds_default", "seconds_kept", "ratio"}
+    assert found["ratio"] > 0
 
 
 @pytest.mark.slow

@@ -163,11 +163,11 @@ def test_a_pass_is_filled_up_to_what_its_own_stream_needs():
         list(tower.sample_features(images(1), 10, generator=3))
         assert rows == [10]
         list(tower.sample_features(images(1), 100, generator=3))
-        assert rows == [10, 63, 63]
+        assert rows == [10, 64, 64]
         tower(images(1))
         with tower.smoothing(num_samples=5, max_batch_size=2):
             tower(images(1))
-    assert rows == [10, 63, 63, 4, 2, 2, 2]
+    assert rows == [10, 64, 64, 4, 2, 2, 2]
 
 
 def test_a_program_too_many_is_a_failure_and_not_silence(monkeypatch):

@@ -216,8 +216,9 @@ def test_the_speed_in_the_readme_is_the_measured(monkeypatch):
     for name in ("ratios", "modes", "tradeoff"):
         table = getattr(speed_table, f"{name}_table")()
         assert f"\n{table}\n" in readme, table
-    kept = speed_table.change(speed_table.load("engine_psm"), "freed memory kept")
-    assert f"{kept:.2f} times as fast for this\npurifier" in readme
+    light, diffusion = (speed_table.load(f"kept_memory{which}")["ratio"] for which in ("", "_diffusion"))
+    assert f"at 224 pixels {light:.2f} times as fast" in readme
+    assert f"on two threads, {diffusion:.2f} times;" in readme
 
 
 def test_the_figures_at_scale_follow_from_the_measured_throughput(monkeypatch):

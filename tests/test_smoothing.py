@@ -23,9 +23,9 @@ def test_default_batch_size_falls_with_the_image():
     assert default_batch_size(224, 224, "cpu") == 8
     assert default_batch_size(224, 224, "cpu", SimpleNamespace(patch=1)) == 2
     assert default_batch_size(224, 224, "cpu", SimpleNamespace(patch=2)) == 8
-    assert default_batch_size(224, 224, "cuda") == 63
+    assert default_batch_size(224, 224, "cuda") == 64
     assert default_batch_size(4096, 4096, "cpu") == 1
-    assert default_batch_size(32, 32, "cpu") == 63
+    assert default_batch_size(32, 32, "cpu") == 64
     assert default_batch_size(32, 32, "cuda") == 512
 
 

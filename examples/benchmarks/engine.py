@@ -28,7 +28,6 @@ from measuring import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fs_psm_hf.heap import keep_freed_memory
 from fs_psm_hf.mapper import SmoothnessMapper
 
 
@@ -121,14 +120,6 @@ def changes(args, tower):
         row = against(args, "torch.compile of the pass", switched(None), switched(compiled))
         rows.append(row | {"seconds_first_call": first, "failure": compiled.failure})
         tower._compiled_pass = None
-    if torch.device(args.device).type == "cpu":  # last, and not in turn, because there is no way back
-        before = median(in_turn(args, {"before": here})["before"])
-        kept = keep_freed_memory()
-        after = median(in_turn(args, {"after": here}, warm_up=2)["after"])
-        rows.append({
-            "change": "freed memory kept", "seconds_before": before, "seconds_after": after, "times_faster": before / after,
-            "kept": kept,
-        })  # fmt: skip
     return rows
 
 

@@ -159,8 +159,10 @@ def clock(args):
     return time.process_time() if args.threads == 1 else time.perf_counter()
 
 
-def in_turn(args, functions, warm_up=1):
+def in_turn(args, functions, warm_up=1, at_least=0.0):
     """Seconds of each function: `repeats` rounds, in each of them every function once.
+
+    With `at_least`, rounds go on until so many seconds were measured: short calls need more of them for a median that holds.
 
     Args:
         functions (`dict[str, Callable]`): by name.
@@ -172,7 +174,7 @@ def in_turn(args, functions, warm_up=1):
         for function in functions.values():
             function()
     seconds = {name: [] for name in functions}
-    for _ in range(args.repeats):
+    while min(map(len, seconds.values())) < args.repeats or sum(map(sum, seconds.values())) < at_least:
         for name, function in functions.items():
             start = clock(args)
             function()

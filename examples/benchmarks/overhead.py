@@ -40,6 +40,7 @@ def main():
     made = parser(__doc__, image_size=112, repeats=5)
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     made.add_argument("--num-samples", type=int, nargs="+", default=[1, 4, 16])
+    made.add_argument("--at-least", type=float, default=30.0, help="seconds to measure each row for")
     args = made.parse_args()
     prepare(args)
     tower, rows = smoothed_tower(args), []
@@ -53,7 +54,11 @@ def main():
                     with tower.smoothing(num_samples=num_samples):
                         tower(images, generator=0)
 
-                seconds = in_turn(args, {"smoothed": smoothed, "bare": lambda passes=passes: bare(tower, passes)})
+                seconds = in_turn(
+                    args,
+                    {"smoothed": smoothed, "bare": lambda passes=passes: bare(tower, passes)},
+                    at_least=args.at_least,
+                )
                 rows.append({
                     "batch_size": batch, "num_samples": num_samples,
                     "seconds_smoothed": median(seconds["smoothed"]), "seconds_bare": median(seconds["bare"]),
