@@ -6,7 +6,7 @@
 
 True shapes are those of LLaVA-1.5-7B: CLIP ViT-L/14 at 336 pixels, read at layer −2, a purifier of 552.8 M (diffusion) or
 43.9 M parameters (light), and a language model of 7 B; else everything is small. Weights are random, which changes no
-time. What can be compared with the paper (RTX 4090) is the ratio to n₀ = 1: the two columns stand side by side.
+time. The ratio to n₀ = 1 stands beside the paper's (RTX 4090): on another kind of device it says nothing of either engine.
 """
 
 import argparse

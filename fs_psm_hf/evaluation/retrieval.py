@@ -15,14 +15,11 @@ class Retrieval(Task):
 
     name = "retrieval"
 
-    def prompt(self, example):
-        """An encoder is asked nothing."""
-        return None
+    def _question(self, example):
+        return None  # an encoder is asked nothing
 
-    def item(self, example, *, adversarial, clean=None, reference=None, target=None):
-        """As [`Task.item`]; what is right and what the attack wants follow from the example."""
-        names = {"reference": f"clean:{example.id}", "target": f"target:{example.id}"}
-        return self._record(example, clean=clean, adversarial=adversarial, **names)
+    def _truth(self, example, reference, target):
+        return {"reference": f"clean:{example.id}", "target": f"target:{example.id}"}
 
     def score_items(self, items, judge=None):
         """As [`Task.score_items`]."""

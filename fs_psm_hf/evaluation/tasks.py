@@ -1,5 +1,6 @@
 """The paper's tasks: what is asked, what counts as right (ACC), and what as the attack's success (ASR)."""
 
+import abc
 import json
 
 from . import prompts
@@ -7,7 +8,7 @@ from .data import label_of, pair_by_stem, pair_with_another_class, pair_with_cla
 from .metrics import ACC_THRESHOLD, ASR_THRESHOLD, mean_score, rate
 
 
-class Task:
+class Task(abc.ABC):
     """One task: reads its examples, asks, keeps the answers, scores them.
 
     An item is a JSON-safe record of the answers to one image as the models gave them, so that it can be scored again, by
@@ -68,14 +69,12 @@ class Task:
                     kind = self.answers.__name__
                     raise TypeError(f"`{name}` of {example.id} must be of type {kind}, got {type(value).__name__}")
         truth = self._truth(example, reference, target)
-        return self._record(example, clean=clean, adversarial=adversarial, **truth)
+        asked = {"task": self.name, "id": example.id, "prompt": self.prompt(example)}
+        return asked | {"clean": clean, "adversarial": adversarial} | truth
 
-    def _record(self, example, **values):
-        return {"task": self.name, "id": example.id, "prompt": self.prompt(example), **values}
-
+    @abc.abstractmethod
     def score_items(self, items, judge=None):
         """A `dict` per item with `acc_score`, `asr_score` and `clean_score` in [0, 1]; `None` where there is none."""
-        raise NotImplementedError
 
     def score(self, items, judge=None):
         """The figures of one cell of a table.
@@ -113,12 +112,13 @@ class Task:
             "unjudged": unjudged,
         }
 
+    @abc.abstractmethod
     def _question(self, example):
-        raise NotImplementedError
+        """What the model is asked about one example."""
 
+    @abc.abstractmethod
     def _truth(self, example, reference, target):
         """`reference` and `target` of the record, and what else the answers cannot be read without."""
-        raise NotImplementedError
 
 
 class Captioning(Task):
@@ -166,9 +166,9 @@ class Captioning(Task):
 class _Choice(Task):
     """A task whose answers are one of several numbers, right or not."""
 
+    @abc.abstractmethod
     def parse(self, item, answer):
         """The number that an answer gives, `None` for none: that is neither right nor what the attack wants."""
-        raise NotImplementedError
 
     def score_items(self, items, judge=None):
         def hit(item, answer, wanted):
